@@ -1,0 +1,8 @@
+"""Door for torchrun: `torchrun --nproc-per-node 8 train.py RECIPE [a.b=c …]`."""
+
+import sys
+
+from openlm_lite.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
