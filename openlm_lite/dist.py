@@ -1,0 +1,149 @@
+"""The process group: who am I, which device, and decisions that every rank takes alike.
+
+`torchrun` sets RANK, LOCAL_RANK and WORLD_SIZE; without them this is one process. Either way a
+process group exists after `init()`, so that the code above has one path.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from openlm_lite.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init(timeout_seconds: float = 600.0) -> World:
+    """Join the process group that torchrun announced, or make a group of one.
+
+    One backend string serves both kinds of machine: gloo carries CPU tensors (checkpoints,
+    decisions) everywhere, NCCL carries CUDA tensors where there is a GPU.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"rank {rank} wants GPU {local_rank}, but this machine shows "
+                f"{torch.cuda.device_count()}; set --nproc-per-node to the number of GPUs"
+            )
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        # This store lives in this process: no port, no file.
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    return World(rank, world_size, local_rank, device)
+
+
+def close() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_parallel_mesh(world: World) -> DeviceMesh:
+    """One dimension, `dp`, over all ranks: parameters are sharded and data is split along it."""
+    return init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("dp",))
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The values of all ranks, in rank order, on every rank (JSON-like values only).
+
+    Over gloo on every machine: where a group has both backends, torch sends objects by the CPU's.
+    """
+    size = world_size()
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def rank() -> int:
+    """This process's place in the group; 0 where no group exists."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the group; 1 where no group exists."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_main(action: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
+    """Do `action` on rank 0 alone; its result (JSON-like), or its failure, on every rank."""
+    results = on_all_ranks(lambda: action() if rank() == 0 else None, error)
+    return results[0]  # pyright: ignore[reportReturnType]  # None stands for the other ranks
+
+
+def on_all_ranks(action: Callable[[], T], error: type[Exception] = RuntimeError) -> list[T]:
+    """Do `action` on every rank; the results of all of them, or a failure on all of them alike.
+
+    Raises InputError if the first failing rank did, else `error` with the message of each rank.
+    """
+    cause: Exception | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except Exception as e:
+        cause = e
+    described = None
+    if cause is not None:
+        ours = isinstance(cause, InputError | error)
+        text = str(cause) if ours else f"{type(cause).__name__}: {cause}"
+        described = (isinstance(cause, InputError), text)
+    gathered = all_gather((described, result))
+    failures = [(who, *failure) for who, (failure, _) in enumerate(gathered) if failure]
+    if not failures:
+        return [value for _, value in gathered]
+    if cause is not None and isinstance(cause, InputError | error):
+        raise cause
+    texts = dict.fromkeys(text for _, _, text in failures)  # what all ranks say, once
+    first, is_input, _ = failures[0]
+    raise (InputError if is_input else error)(f"rank {first} failed: {'; '.join(texts)}") from cause
+
+
+class StopRequest:
+    """Remembers that somebody asked this process to stop (SIGTERM, SIGUSR1, Ctrl-C).
+
+    The loop asks at each step boundary, agrees with the other ranks, saves and exits with 75.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in self.SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self.requested = True
