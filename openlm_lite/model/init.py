@@ -1,0 +1,62 @@
+"""OpenLM's initialisation, the same weights at every world size.
+
+Every parameter is drawn whole from its own generator, keyed by the seed and the parameter's name,
+and each rank keeps its shard: neither the number of ranks nor the order of drawing enters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.transformer import Transformer
+
+
+def init_std(cfg: ModelConfig, name: str) -> float:
+    """Standard deviation before the cut, of the matrix `name`.
+
+    Embedding, head and everything that reads the residual stream: 1/sqrt(D). What writes to it in
+    block l (from 0): 1/sqrt(fan_in) / sqrt(2 (l + 1)), so that early blocks write more. OpenLM
+    uses 1/sqrt(D) for `wo`, whatever its fan-in.
+    """
+    if name.endswith(("wo.weight", "w_down.weight")):
+        layer = int(name.split(".")[1])
+        fan_in = cfg.d_ff if name.endswith("w_down.weight") else cfg.d_model
+        return 1.0 / math.sqrt(fan_in) / math.sqrt(2 * (layer + 1))
+    return 1.0 / math.sqrt(cfg.d_model)
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fill every parameter: normal values cut at 3 standard deviations, gains 1, biases 0."""
+    for name, parameter in model.named_parameters():
+        # activation checkpointing wraps a block, which shows in the names of its parameters
+        name = name.replace("_checkpoint_wrapped_module.", "")
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1.0)
+        else:
+            _copy_shard(parameter, _draw(name, parameter, init_std(model.cfg, name), seed))
+
+
+def _draw(name: str, like: nn.Parameter, std: float, seed: int) -> Tensor:
+    """The whole parameter, from a generator keyed by (seed, name)."""
+    key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    device = like.to_local().device if isinstance(like, DTensor) else like.device
+    generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+    full = torch.empty(like.shape, dtype=torch.float32, device=device)
+    return nn.init.trunc_normal_(full, 0.0, std, -3 * std, 3 * std, generator=generator)
+
+
+def _copy_shard(parameter: nn.Parameter, full: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        full = distribute_tensor(
+            full, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    parameter.copy_(full)

@@ -1,0 +1,140 @@
+"""Cross entropy over the vocabulary without ever holding all logits.
+
+[tokens, vocabulary] logits are the largest tensor of a step (8 sequences of 2,048 tokens over
+50,432 ids: 3.3 GB in fp32). Here they exist one chunk of tokens at a time: the chunk's gradient
+is taken at once, in the forward pass, and only the gradients of the hidden states and of the head
+are kept. The backward pass scales them. Each logit is computed once (no recomputation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from openlm_lite.errors import InputError
+
+IGNORE_INDEX = -100
+"""A target with this id is not learned from."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised: cross entropy, and z_loss * mean(logsumexp(logits)^2)."""
+
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0:
+            raise InputError(f"loss.z_loss = {self.z_loss}, must not be negative")
+
+
+class LossSums(NamedTuple):
+    """Sums over tokens, fp32 scalars: divide by a count of your choice (all ranks, all batches)."""
+
+    total: Tensor
+    """ce + z_weight * z: the one to call `backward` on; the others are for the log"""
+    ce: Tensor
+    """sum of -log p(target) over the targets, nats"""
+    z: Tensor
+    """sum of logsumexp(logits)^2 over all positions, as OpenLM takes it (0 without z-loss)"""
+    n_targets: Tensor
+    """number of targets that are not IGNORE_INDEX"""
+
+
+def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """Tokens per chunk: 16 MB of fp32 logits on a CPU (its cache), 512 MB on a GPU.
+
+    Not under 512 tokens: narrower products run below the speed of the large ones.
+    """
+    budget = (4 if device.type == "cpu" else 128) * 2**20
+    return max(512, budget // vocab_size // 64 * 64)
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    z_weight: float | Tensor = 0.0,
+    chunk_tokens: int | None = None,
+) -> LossSums:
+    """Cross entropy of softmax(hidden @ weight.T) against `targets_N`, summed, in chunks.
+
+    The logits are computed in the dtype of `hidden_ND` and reduced in fp32. With a `z_weight` the
+    z-loss joins in (PaLM, arXiv:2204.02311, section 5).
+    """
+    chunk = chunk_tokens or default_chunk_tokens(weight_VD.shape[0], hidden_ND.device)
+    total, ce, z = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, chunk)
+    return LossSums(total, ce, z, (targets_N != IGNORE_INDEX).sum())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward takes the gradient chunk by chunk; backward scales it by what arrives.
+
+    With p = softmax(logits), lse = logsumexp(logits) and y the one-hot target:
+    d ce / d logits = p - y (0 where ignored);  d z / d logits = 2 lse p.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        z_weight: float | Tensor,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        has_z = isinstance(z_weight, Tensor) or z_weight != 0.0
+        needs_grad = hidden.requires_grad or weight.requires_grad
+        ce = hidden.new_zeros((), dtype=torch.float32)
+        z = hidden.new_zeros((), dtype=torch.float32)
+        grad_h = torch.empty_like(hidden) if needs_grad else None
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            h, y = hidden[rows], targets[rows]
+            kept = y != IGNORE_INDEX
+            index = torch.where(kept, y, 0).unsqueeze(1)
+            logits = (h @ weight.t()).float()
+            target_logit = logits.gather(1, index)
+            logp = torch.log_softmax(logits, dim=1)
+            target_logp = logp.gather(1, index)
+            ce -= torch.where(kept, target_logp.squeeze(1), 0.0).sum()
+            lse = target_logit - target_logp
+            if has_z:
+                z += lse.square().sum()
+            if grad_h is None or grad_w is None:
+                continue
+            # d total / d logits = a p - kept y, with a = kept + 2 z_weight lse
+            p = logp.exp_()
+            keep = kept.unsqueeze(1).to(p.dtype)
+            if has_z:
+                p *= keep + 2.0 * z_weight * lse
+                d_logits = p.scatter_add_(1, index, -keep).to(h.dtype)
+                grad_h[rows] = d_logits @ weight
+                grad_w.addmm_(d_logits.t().to(grad_w.dtype), h.to(grad_w.dtype))
+            else:
+                # without z-loss an ignored row is all zero: cheaper to blank it in [N, D]
+                d_logits = p.scatter_add_(1, index, torch.full_like(keep, -1.0)).to(h.dtype)
+                grad_h[rows] = (d_logits @ weight) * keep.to(h.dtype)
+                h_kept = (h * keep.to(h.dtype)).to(grad_w.dtype)
+                grad_w.addmm_(d_logits.t().to(grad_w.dtype), h_kept)
+        if grad_h is not None and grad_w is not None:
+            ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
+        ctx.mark_non_differentiable(ce, z)
+        return ce + z_weight * z if has_z else ce.clone(), ce, z
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h, grad_w = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return (
+            (grad_h * scale).to(grad_h.dtype),
+            (grad_w * scale).to(grad_w.dtype),
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,93 @@
+"""The model: one decoder-only Transformer, driven by its config. Read this file first.
+
+Shapes: B batch, T position, D d_model, V vocab, H head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from openlm_lite.errors import InputError
+from openlm_lite.model.attention import Attention, KVCache
+from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.layers import FeedForward, Norm, rope_tables
+from openlm_lite.model.loss import LossSums, linear_cross_entropy
+
+
+class Block(nn.Module):
+    """One pre-norm block; the residual stream x is only ever added to::
+
+    x ──┬─ attention_norm ─ attention ─(+)──┬─ ffn_norm ─ feed_forward ─(+)── x
+        └───────────────────────────────┘   └──────────────────────────┘
+    """
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = Norm(cfg, cfg.d_model)
+        self.attention = Attention(cfg, layer)
+        self.ffn_norm = Norm(cfg, cfg.d_model)
+        self.feed_forward = FeedForward(cfg)
+
+    def forward(
+        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH, cache)
+        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm, output head.
+
+    Build it under `torch.device("meta")`, shard it, then `model.to_empty(device=…)` and
+    `init_weights(model, seed)`: no rank ever holds the whole model. There are no buffers.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.norm = Norm(cfg, cfg.d_model)
+        if not cfg.tie_embeddings:
+            self.output = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """The matrix that turns hidden states into logits."""
+        return self.embedding.weight if self.cfg.tie_embeddings else self.output.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        z_weight: float | Tensor = 0.0,
+        cache: KVCache | None = None,
+    ) -> Tensor | LossSums:
+        """Logits [B, T, V] in fp32; with `targets_BT`, the loss sums instead (never all logits).
+
+        The loss is taken inside the forward pass because that is where FSDP2 holds the gathered
+        head weight. With `cache`, `tokens_BT` continue what the cache holds.
+        """
+        start = 0 if cache is None else cache.length
+        T = tokens_BT.shape[1]
+        if start + T > self.cfg.max_seq_len:
+            raise InputError(
+                f"{start + T} positions are longer than max_seq_len = {self.cfg.max_seq_len}"
+            )
+        positions = torch.arange(start, start + T, device=tokens_BT.device)
+        cos_TH, sin_TH = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
+
+        x_BTD = self.embedding(tokens_BT)
+        for block in self.layers:
+            x_BTD = block(x_BTD, cos_TH, sin_TH, cache)
+        x_BTD = self.norm(x_BTD)
+        if cache is not None:
+            cache.length += T
+
+        if targets_BT is None:
+            return (x_BTD @ self.head_weight_VD.t()).float()
+        return linear_cross_entropy(
+            x_BTD.flatten(0, 1), self.head_weight_VD, targets_BT.flatten(), z_weight=z_weight
+        )

@@ -1,0 +1,136 @@
+"""The model: causality, cache, grouped heads, construction without memory, counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openlm_lite.errors import InputError
+from openlm_lite.model.attention import KVCache
+from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.init import init_weights
+from openlm_lite.model.transformer import Transformer
+
+TINY = ModelConfig(
+    vocab_size=50,
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=6,
+    d_ff=24,
+    max_seq_len=32,
+)
+
+
+@st.composite
+def architectures(draw: st.DrawFn) -> ModelConfig:
+    norm = draw(st.sampled_from(["layer_norm", "rms_norm"]))
+    kv = draw(st.sampled_from([1, 2, 3]))
+    return ModelConfig(
+        vocab_size=draw(st.integers(5, 40)),
+        d_model=draw(st.integers(3, 20)),
+        n_layers=draw(st.integers(1, 3)),
+        n_heads=kv * draw(st.integers(1, 3)),
+        n_kv_heads=kv,
+        head_dim=2 * draw(st.integers(1, 4)),
+        d_ff=draw(st.integers(1, 30)),
+        max_seq_len=16,
+        norm=norm,
+        norm_gain=draw(st.booleans()),
+        norm_bias=norm == "layer_norm" and draw(st.booleans()),
+        qk_norm=draw(st.sampled_from(["none", "full", "per_head"])),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+def build(cfg: ModelConfig, seed: int = 0) -> Transformer:
+    model = Transformer(cfg)
+    init_weights(model, seed)
+    return model
+
+
+@settings(max_examples=25, deadline=None)
+@given(cfg=architectures(), data=st.data())
+def test_every_architecture_counts_caches_and_is_causal(cfg: ModelConfig, data: Any) -> None:
+    model = build(cfg)
+    assert sum(p.numel() for p in model.parameters()) == cfg.n_params
+    tokens = torch.randint(cfg.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(tokens)
+        cut = data.draw(st.integers(1, 8))
+        changed = tokens.clone()
+        changed[:, cut:] = (changed[:, cut:] + 1) % cfg.vocab_size
+        torch.testing.assert_close(model(changed)[:, :cut], logits[:, :cut])
+
+        cache = KVCache(cfg, 2, 9)
+        parts = [model(tokens[:, :cut], cache=cache), model(tokens[:, cut:], cache=cache)]
+        torch.testing.assert_close(torch.cat(parts, 1), logits, rtol=1e-4, atol=1e-5)
+        assert cache.length == 9
+
+
+def test_grouped_heads_equal_repeated_key_value_heads() -> None:
+    grouped = build(TINY)
+    full = Transformer(dataclasses.replace(TINY, n_kv_heads=TINY.n_heads))
+    state = grouped.state_dict()
+    for name, weight in state.items():
+        if ".wk." in name or ".wv." in name:
+            heads = weight.view(TINY.n_kv_heads, TINY.head_dim, -1)
+            state[name] = heads.repeat_interleave(2, dim=0).reshape(-1, TINY.d_model)
+    full.load_state_dict(state)
+    tokens = torch.randint(50, (2, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(grouped(tokens), full(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_meta_construction_takes_no_memory_and_gives_the_same_weights() -> None:
+    with torch.device("meta"):
+        model = Transformer(TINY)
+    assert all(p.is_meta for p in model.parameters()) and not list(model.buffers())
+    model.to_empty(device="cpu")
+    init_weights(model, seed=3)
+    for a, b in zip(model.parameters(), build(TINY, 3).parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(model.embedding.weight, build(TINY, 4).embedding.weight)
+
+
+def test_bf16_rotary_angles_are_exact() -> None:
+    """Frequencies rounded to bf16 are off by radians at the end of a long context."""
+    from openlm_lite.model.layers import rope_tables
+
+    cos, sin = rope_tables(torch.tensor([2047]), 128, 10_000.0)
+    positions = torch.tensor(2047.0, dtype=torch.float64)
+    exact = positions * 10_000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    assert (cos[0, :64].double() - exact.cos()).abs().max() < 1e-3
+    assert (sin[0, 64:].double() - exact.sin()).abs().max() < 1e-3
+
+
+def test_too_many_positions_are_refused() -> None:
+    with pytest.raises(InputError, match="33 positions are longer than max_seq_len = 32"):
+        build(TINY)(torch.zeros(1, 33, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_kv_heads": 3}, "n_heads = 4 is not a multiple of n_kv_heads = 3"),
+        ({"head_dim": 5}, "head_dim = 5 is odd"),
+        ({"norm_bias": True}, "rms_norm has no bias"),
+        ({"d_ff": 0}, "d_ff = 0, must be at least 1"),
+        ({"norm_eps": 0.0}, "norm_eps = 0.0, must be positive"),
+    ],
+)
+def test_impossible_architectures_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_flops_per_token_follow_the_stated_formula() -> None:
+    cfg = ModelConfig(100, 8, 1, 1, 1, 8, 10, 32)
+    matrices = 4 * 8 * 8 + 3 * 8 * 10
+    assert cfg.flops_per_token(32) == 6 * (matrices + 100 * 8) + 12 * 1 * 8 * 32
