@@ -1,0 +1,440 @@
+"""Checkpoints that are there completely or not at all.
+
+    rank 0   remove and make .tmp-step_00001000/
+    all      write tensors (each rank its shards, by torch.distributed.checkpoint), fsync,
+             report crc32 and size of the files written
+    rank 0   COMMIT.json with the list of files, fsync; fsync the folder;
+             rename to step_00001000/; fsync the parent           <- the commit: one atomic step
+    rank 0   only now delete old checkpoints (first a rename to .tmp-…, so that a kill in between
+             leaves no half-deleted step_… behind)
+
+A process killed at any instant leaves the previous checkpoints untouched and at worst a `.tmp-…`
+folder, which the next start removes. On reading, COMMIT.json is verified first (list of files,
+sizes, crc32), and nothing in a checkpoint can run code (`safe_dcp`).
+
+    checkpoints/step_00001000/{__0_0.distcp, __1_0.distcp, …, .metadata, state.json,
+                               config.yaml, model.json, COMMIT.json}
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from openlm_lite import dist
+from openlm_lite.commit import (
+    COMMIT_NAME,
+    TEMPORARY,
+    Commit,
+    DamagedError,
+    TrainState,
+    check_contents,
+    check_sizes,
+    crc32_of_file,
+    encode_commit,
+    quarantine,
+    read_checked,
+    read_commit,
+    remove_leftovers,
+    step_folder_name,
+    step_folders,
+    step_of_folder,
+    sync_folder,
+    write_synced,
+)
+from openlm_lite.errors import InputError
+from openlm_lite.safe_dcp import (
+    METADATA_NAME,
+    Optimizers,
+    TransferError,
+    as_tuple,
+    compare_tensors,
+    data_files_of,
+    decode_metadata,
+    model_tensors,
+    optimizer_tensors,
+    read_tensors,
+    write_tensors,
+)
+
+log = logging.getLogger(__name__)
+
+STATE_NAME = "state.json"
+_PROTECTED_NEWEST = 2  # never deleted, whatever the configuration says
+_FREE_SPACE_FACTOR = 1.2
+
+T = TypeVar("T")
+
+
+class CheckpointError(Exception):
+    """Saving (or reading) failed; every rank raises it, and what was committed is as it was."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How often to save and what to keep."""
+
+    every_steps: int = 1000  # optimizer steps between saves
+    keep_last: int = 3  # newest checkpoints to keep (the newest two are always kept)
+    keep_every: int = 0  # also keep every step divisible by this; 0 = none
+
+    def __post_init__(self) -> None:
+        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_every", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} = {getattr(self, name)}: must be at least {least}")
+
+
+# --------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_checkpoint(
+    root: str,
+    model: nn.Module,
+    optimizer: Optimizers,
+    state: TrainState,
+    *,
+    documents: Mapping[str, str],
+    facts: Mapping[str, Any],
+    cfg: CheckpointConfig,
+) -> str:
+    """Save `root`/step_…; collective. Returns the path of the committed folder.
+
+    documents: file name -> text (config.yaml, model.json); facts: JSON values for COMMIT.json.
+    The hyperparameters of the optimizer (learning rate, betas, …) are not saved: they follow from
+    the configuration and the step. Saving a step that is committed already changes nothing.
+    Raises CheckpointError on every rank if saving failed on any of them.
+    """
+    _check_local_path(root)
+    _check_document_names(documents)
+    final = os.path.join(root, step_folder_name(state.step))
+    temporary = os.path.join(root, TEMPORARY + step_folder_name(state.step))
+    texts = {**documents, STATE_NAME: state.to_json()}
+    tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
+    if not _on_main(lambda: _prepare(root, final, temporary, state, tensors)):
+        return final
+    try:
+        files = _stage_and_write(temporary, tensors, texts)
+        commit = Commit(temporary, state, dist.world_size(), facts, files)
+        _on_main(lambda: _commit(commit, final))
+    except BaseException:
+        if dist.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if dist.rank() == 0:
+        _delete_old(root, cfg)
+    return final
+
+
+def _prepare(
+    root: str, final: str, temporary: str, state: TrainState, tensors: Mapping[str, torch.Tensor]
+) -> bool:
+    """Make the temporary folder (rank 0); False if this step is committed already."""
+    os.makedirs(root, exist_ok=True)
+    remove_leftovers(root)
+    if os.path.exists(final):
+        try:
+            commit = read_commit(final)
+            check_sizes(commit)
+        except DamagedError as problem:
+            quarantine(final, problem)
+        else:
+            if commit.state != state:
+                raise CheckpointError(
+                    f"{final} is there already with another state ({commit.state} instead of "
+                    f"{state}); use another run folder, or move that checkpoint away"
+                )
+            return False
+    _check_free_space(root, tensors)
+    os.mkdir(temporary)
+    return True
+
+
+def _check_free_space(root: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises CheckpointError where this checkpoint, or one like the last, would not fit."""
+    last_bytes = 0
+    for path in step_folders(root)[:1]:
+        try:
+            last_bytes = read_commit(path).n_bytes
+        except DamagedError:
+            continue
+    new_bytes = sum(t.numel() * t.element_size() for t in tensors.values())  # over all ranks
+    needed = int(_FREE_SPACE_FACTOR * max(last_bytes, new_bytes))
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise CheckpointError(
+            f"{root}: {free:,} bytes are free, a checkpoint wants {needed:,}; free some space, "
+            "lower checkpoint.keep_last, or move the run to another disk"
+        )
+
+
+def _stage_and_write(
+    folder: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
+    """Write everything but COMMIT.json; collective. Returns file -> (size, crc32) of all ranks.
+
+    The half of a save that a background thread could do one day; it makes nothing visible.
+    """
+
+    def write_own_share() -> dict[str, tuple[int, int]]:
+        try:
+            write_tensors(folder, tensors)
+        except TransferError as error:
+            raise CheckpointError(f"{folder}: writing failed: {error}") from error
+        names = data_files_of(folder, dist.rank())
+        if dist.rank() == 0:
+            for name, text in texts.items():
+                write_synced(os.path.join(folder, name), text)
+                names.append(name)
+        paths = {name: os.path.join(folder, name) for name in names}
+        return {name: (os.path.getsize(p), crc32_of_file(p)) for name, p in paths.items()}
+
+    shares = _on_all_ranks(write_own_share)
+    return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _commit(written: Commit, final: str) -> None:
+    """Make the folder `written.path` a checkpoint by renaming it to `final` (rank 0)."""
+    try:
+        check_sizes(written)
+    except DamagedError as problem:
+        raise CheckpointError(
+            f"{written.path}: {problem}, as rank 0 sees it; the run folder must lie on storage "
+            "that all ranks share"
+        ) from None
+    write_synced(os.path.join(written.path, COMMIT_NAME), encode_commit(written))
+    sync_folder(written.path)
+    os.rename(written.path, final)
+    sync_folder(os.path.dirname(final))
+
+
+def _delete_old(root: str, cfg: CheckpointConfig) -> None:
+    """Apply keep_last and keep_every to what looks whole (rank 0); a failure only warns."""
+    whole = []
+    for path in step_folders(root):
+        try:
+            commit = read_commit(path)
+            check_sizes(commit)
+        except (DamagedError, InputError):
+            continue  # neither counted nor deleted: somebody may want to look at it
+        whole.append(commit)
+    for commit in whole[max(cfg.keep_last, _PROTECTED_NEWEST) :]:
+        if cfg.keep_every and commit.step % cfg.keep_every == 0:
+            continue
+        doomed = os.path.join(root, TEMPORARY + "old-" + os.path.basename(commit.path))
+        try:
+            os.rename(commit.path, doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            log.warning("could not delete the old checkpoint %s: %s", commit.path, error)
+
+
+# --------------------------------------------------------------------------------------------
+# Finding
+
+
+def latest_checkpoint(root: str) -> Commit | None:
+    """The newest checkpoint in `root` that verifies, or None; collective.
+
+    The ranks share the reading for the checksums. A damaged checkpoint is renamed to bad-step_…
+    with a warning, and the one before is tried. Raises InputError for one of a newer version.
+    """
+    _check_local_path(root)
+    _on_main(lambda: remove_leftovers(root))
+    while path := _on_main(lambda: next(iter(step_folders(root)), None)):
+        found = _verify_together(path)
+        if isinstance(found, Commit):
+            return found
+        _on_main(lambda path=path, problem=found: quarantine(path, problem))
+    return None
+
+
+def _verify_together(path: str) -> Commit | str:
+    """The commit of the checkpoint `path`, or what is wrong with it; collective."""
+
+    def verify_own_share() -> str | None:
+        try:
+            commits.append(read_commit(path))
+            names = sorted(commits[0].files)[dist.rank() :: dist.world_size()]
+            check_contents(commits[0], names)
+        except DamagedError as problem:
+            return str(problem)
+        return None
+
+    commits: list[Commit] = []
+    problems = [problem for problem in _on_all_ranks(verify_own_share) if problem is not None]
+    return problems[0] if problems else commits[0]
+
+
+def resolve_checkpoint(path: str) -> str:
+    """The step folder that `path` means: itself, or the newest good one in a run's folder.
+
+    Changes nothing on the disk. Raises InputError that says what was found and what is allowed.
+    """
+    _check_local_path(path)
+    path = path.rstrip("/") or "/"
+    allowed = "give a run folder, its checkpoints folder, or one step_… folder with a COMMIT.json"
+    if not os.path.isdir(path):
+        found = "a file" if os.path.exists(path) else "nothing"
+        raise InputError(f"{path}: found {found}, not a folder; {allowed}")
+    if os.path.exists(os.path.join(path, COMMIT_NAME)):
+        return path  # who reads it verifies it
+    if step_of_folder(os.path.basename(os.path.abspath(path))) is not None:
+        raise InputError(f"{path}: no {COMMIT_NAME}: saving was not completed; {allowed}")
+    inner = os.path.join(path, "checkpoints")
+    root = inner if os.path.isdir(inner) else path
+    problems = []
+    for folder in step_folders(root):
+        try:
+            check_contents(read_commit(folder))
+        except DamagedError as problem:
+            problems.append(f"{os.path.basename(folder)}: {problem}")
+            log.warning("%s is damaged (%s): trying the one before", folder, problem)
+            continue
+        return folder
+    if problems:
+        raise InputError(f"{root}: all checkpoints are damaged: {'; '.join(problems)}")
+    names = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"
+    raise InputError(f"{root}: no step_… folder in it (found: {names}); {allowed}")
+
+
+# --------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_checkpoint(
+    checkpoint: str | Commit, model: nn.Module, optimizer: Optimizers | None
+) -> TrainState:
+    """Fill model and optimizer in place, at any number of ranks; collective.
+
+    A Commit (from `latest_checkpoint`) counts as verified; a path is verified first. Names, shapes
+    and dtypes are compared before anything is written into the model.
+    Raises InputError for a damaged, hostile or unfitting checkpoint, on every rank alike.
+    """
+    if isinstance(checkpoint, str):
+        _check_local_path(checkpoint)
+        found = _verify_together(checkpoint)
+        if isinstance(found, str):
+            raise InputError(f"{checkpoint}: {found}; use another checkpoint")
+        commit = found
+    else:
+        commit = checkpoint
+
+    def compare() -> tuple[TrainState, Metadata, dict[str, torch.Tensor]]:
+        state = TrainState.from_json(_document(commit, STATE_NAME), commit.path)
+        metadata = _metadata(commit)
+        tensors = model_tensors(model)
+        compare_tensors(commit.path, metadata, tensors, "model.")
+        if optimizer is not None:
+            tensors |= _fresh_optimizer_tensors(commit.path, state, metadata, model, optimizer)
+        return state, metadata, tensors
+
+    prepared: list[Any] = []
+    _on_all_ranks(lambda: prepared.extend(compare()))
+    state, metadata, tensors = prepared
+    try:
+        read_tensors(commit.path, metadata, tensors)
+    except TransferError as error:
+        raise CheckpointError(f"{commit.path}: reading failed: {error}") from error
+    return state
+
+
+def _fresh_optimizer_tensors(
+    path: str, state: TrainState, metadata: Metadata, model: nn.Module, optimizer: Optimizers
+) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors, made first where it never stepped, and compared."""
+    optimizers = as_tuple(optimizer)
+    has_any = any(name.startswith("optim.") for name in metadata.state_dict_metadata)
+    if state.step == 0 and not has_any:  # saved before the first step made any
+        for one in optimizers:
+            one.state.clear()
+        return {}
+    get_optimizer_state_dict(model, optimizers)  # makes absent state by a step of zeros, lr = 0
+    tensors = optimizer_tensors(model, optimizers)
+    compare_tensors(path, metadata, tensors, "optim.")
+    return tensors
+
+
+def read_model_weights(path: str) -> dict[str, torch.Tensor]:
+    """All weights, whole and on the CPU, by parameter name; one process, no process group.
+
+    Raises InputError for a damaged or hostile checkpoint.
+    """
+    _check_local_path(path)
+    commit = _verified(path)
+    metadata = _metadata(commit)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    try:
+        read_tensors(path, metadata, tensors, alone=True)
+    except TransferError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def read_document(path: str, name: str) -> str:
+    """The text of a document (config.yaml, model.json) of the step folder `path`, verified."""
+    _check_local_path(path)
+    try:
+        return _document(read_commit(path), name)
+    except DamagedError as problem:
+        raise InputError(f"{path}: {problem}; use another checkpoint") from None
+
+
+def _document(commit: Commit, name: str) -> str:
+    if name not in commit.files:
+        raise InputError(f"{commit.path}: no {name} in it; it holds {', '.join(commit.files)}")
+    try:
+        return read_checked(commit, name).decode()
+    except (DamagedError, UnicodeDecodeError) as problem:
+        raise InputError(f"{commit.path}: {name}: {problem}; use another checkpoint") from None
+
+
+def _metadata(commit: Commit) -> Metadata:
+    """The list of tensors: checksum first, then the limited unpickler on the same bytes."""
+    place = os.path.join(commit.path, METADATA_NAME)
+    try:
+        content = read_checked(commit, METADATA_NAME)
+    except (DamagedError, KeyError) as problem:
+        raise InputError(f"{commit.path}: {problem}; use another checkpoint") from None
+    return decode_metadata(content, place, commit.files)
+
+
+def _verified(path: str) -> Commit:
+    try:
+        commit = read_commit(path)
+        check_contents(commit)
+    except DamagedError as problem:
+        raise InputError(f"{path}: {problem}; use another checkpoint") from None
+    return commit
+
+
+def _on_main(action: Callable[[], T]) -> T:
+    return dist.on_main(action, CheckpointError)
+
+
+def _on_all_ranks(action: Callable[[], T]) -> list[T]:
+    return dist.on_all_ranks(action, CheckpointError)
+
+
+def _check_local_path(path: str) -> None:
+    if "://" in path:
+        raise InputError(f"{path}: checkpoints are kept in local or mounted folders, not at a URL")
+
+
+def _check_document_names(documents: Mapping[str, str]) -> None:
+    for name in documents:
+        if name != os.path.basename(name) or name in (COMMIT_NAME, STATE_NAME) or name[:1] in "._":
+            raise ValueError(f"document name {name!r}: must be a plain file name not used already")

@@ -1,0 +1,274 @@
+"""`torch.distributed.checkpoint` (DCP) limited to tensors: nothing read from a file can run code.
+
+DCP keeps a pickle, `.metadata`, beside its data files, and loads "byte items" with an unrestricted
+`torch.load`: both execute whatever a hostile file says. Here the pickle goes through a list of
+twelve harmless names, byte items are refused, and data files are named by COMMIT.json only. Data
+items are read by DCP itself with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _StorageInfo,
+)
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+from torch.serialization import _get_layout
+
+from openlm_lite.errors import InputError
+
+METADATA_NAME = ".metadata"
+
+Optimizers = Optimizer | Iterable[Optimizer]
+
+_CLASSES = (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+    _MEM_FORMAT_ENCODING,
+    _StorageInfo,
+)
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{(c.__module__, c.__qualname__): c for c in _CLASSES},
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,  # looks a name up in torch.layout's
+}
+
+
+class TransferError(Exception):
+    """Writing or reading tensors failed on the ranks that the message names; raised on all."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the names of `_ALLOWED` and torch's dtypes; any other name ends the reading."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        found = _ALLOWED.get((module_name, global_name))
+        if found is None and module_name == "torch" and "." not in global_name:
+            candidate = vars(torch).get(global_name)
+            found = candidate if isinstance(candidate, torch.dtype) else None
+        if found is None:
+            raise InputError(f"it asks for {module_name}.{global_name}, which no checkpoint needs")
+        return found
+
+
+def decode_metadata(content: bytes, place: str, files: Iterable[str]) -> Metadata:
+    """The tensors of a checkpoint: names, shapes, dtypes and where their pieces lie.
+
+    `content` is the file `place`; `files` are the data files that the pieces may lie in.
+    Raises InputError where the content is not exactly that.
+    """
+    remedy = "do not load this checkpoint; use another one, or ask where it came from"
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    except InputError as error:
+        raise InputError(f"{place}: refused: {error}; {remedy}") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise InputError(f"{place}: cannot be read ({error!r}); {remedy}") from error
+    try:
+        _check_metadata(metadata, set(files))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{place}: refused: {error}; {remedy}") from None
+    return metadata
+
+
+def _check_metadata(metadata: Any, files: set[str]) -> None:
+    """Raises ValueError (or TypeError, AttributeError) naming what does not belong there."""
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"it holds a {type(metadata).__name__}, not the list of tensors")
+    for name, item in metadata.state_dict_metadata.items():
+        if not isinstance(item, TensorStorageMetadata):
+            kind = "pickled bytes" if isinstance(item, BytesStorageMetadata) else type(item)
+            raise ValueError(f"item {name!r} is {kind}; only tensors are allowed")
+        sizes = [item.size, *(c.sizes for c in item.chunks), *(c.offsets for c in item.chunks)]
+        if not all(isinstance(n, int) and n >= 0 for size in sizes for n in size):
+            raise ValueError(f"tensor {name!r} has no proper shape")
+        if not isinstance(item.properties.dtype, torch.dtype):
+            raise ValueError(f"tensor {name!r} has no proper dtype")
+    if not isinstance(metadata.storage_data, dict):
+        raise ValueError("it does not say where the tensors lie")
+    for index, info in metadata.storage_data.items():
+        if info.relative_path not in files:
+            raise ValueError(
+                f"tensor {index.fqn!r} lies in {info.relative_path!r}, "
+                "which is not a file of this checkpoint"
+            )
+        if getattr(info, "transform_descriptors", None):
+            raise ValueError(f"tensor {index.fqn!r} wants to be transformed on reading")
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> StorageMeta | None:
+        return StorageMeta()  # the stock writer would record this machine's temporary path
+
+
+class _Reader(FileSystemReader):
+    """Takes the metadata that was already checked instead of unpickling the file."""
+
+    def __init__(self, path: str, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    """The second lock behind `decode_metadata`: no byte item is ever planned or loaded."""
+
+    def create_local_plan(self) -> LoadPlan:
+        for name, value in self.state_dict.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name}: only tensors are loaded, not {type(value).__name__}")
+        return super().create_local_plan()
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise InputError(f"item {read_item.dest_index.fqn!r} is pickled bytes; only tensors load")
+
+
+def write_tensors(folder: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write this rank's share into `folder` and fsync it; collective where a group exists.
+
+    Raises TransferError on every rank if it failed on any.
+    """
+    no_dist = not dist.is_initialized()
+    with _plain_errors_and_warnings():
+        save(
+            dict(tensors),
+            storage_writer=_Writer(folder, sync_files=True, overwrite=False),
+            planner=DefaultSavePlanner(flatten_state_dict=False),
+            no_dist=no_dist,
+        )
+
+
+def read_tensors(
+    folder: str, metadata: Metadata, tensors: Mapping[str, torch.Tensor], *, alone: bool = False
+) -> None:
+    """Fill `tensors` in place, each rank its own shards; `alone` reads without the other ranks.
+
+    Raises TransferError on every rank if it failed on any.
+    """
+    no_dist = alone or not dist.is_initialized()
+    with _plain_errors_and_warnings():
+        load(
+            dict(tensors),
+            storage_reader=_Reader(folder, metadata),
+            planner=_TensorsOnly(flatten_state_dict=False),
+            no_dist=no_dist,
+        )
+
+
+def data_files_of(folder: str, rank: int) -> list[str]:
+    """The files that DCP wrote into `folder` for `rank`: its data, and rank 0 the metadata."""
+    own = [name.name for name in Path(folder).glob(f"__{rank}_*.distcp")]
+    if rank == 0 and os.path.exists(os.path.join(folder, METADATA_NAME)):
+        own.append(METADATA_NAME)
+    return sorted(own)
+
+
+@contextmanager
+def _plain_errors_and_warnings() -> Iterator[None]:
+    """DCP raises a BaseException, and warns where no process group exists (wanted here)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        try:
+            yield
+        except CheckpointException as error:
+            causes = {who: cause for who, (cause, _) in error.failures.items()}
+            texts = [f"rank {who}: {type(e).__name__}: {e}" for who, e in causes.items()]
+            raise TransferError("; ".join(texts)) from error
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The live parameters and buffers (DTensors where sharded) by name, `model.` in front."""
+    return _only_tensors({f"model.{n}": value for n, value in get_model_state_dict(model).items()})
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, torch.Tensor]:
+    """The live tensors of the optimizer's state as `optim.{parameter}.{name}`.
+
+    Not through get_optimizer_state_dict: it steps an optimizer that has not stepped yet (Adam's
+    count would be wrong by one), and its counterpart casts the state to the parameter's dtype.
+    """
+    names: dict[Any, str] = {p: _plain_name(name) for name, p in model.named_parameters()}
+    return _only_tensors(
+        {
+            f"optim.{names[parameter]}.{key}": value
+            for one in as_tuple(optimizer)
+            for parameter, state in one.state.items()
+            for key, value in state.items()
+        }
+    )
+
+
+def _only_tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: only tensors can be saved, not {type(value).__name__}")
+    return values
+
+
+def _plain_name(name: str) -> str:
+    """Without what torch.compile and activation checkpointing put into names."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def as_tuple(optimizer: Optimizers) -> tuple[Optimizer, ...]:
+    return (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+
+
+def compare_tensors(
+    path: str, metadata: Metadata, tensors: Mapping[str, torch.Tensor], prefix: str
+) -> None:
+    """Raises InputError naming the first tensor that the checkpoint holds otherwise."""
+    saved = {n: m for n, m in metadata.state_dict_metadata.items() if n.startswith(prefix)}
+    remedy = "this is a checkpoint of another architecture; use the model.json beside it"
+    if prefix == "optim.":
+        remedy = "this is a checkpoint of another optimizer; load the weights alone, or use its own"
+    for name in sorted(saved.keys() | tensors.keys()):
+        if name not in tensors:
+            raise InputError(f"{path}: has a tensor {name} that is not needed here: {remedy}")
+        if name not in saved:
+            raise InputError(f"{path}: has no tensor {name}: {remedy}")
+        entry, tensor = saved[name], tensors[name]
+        assert isinstance(entry, TensorStorageMetadata)  # decode_metadata made sure
+        there = (tuple(entry.size), entry.properties.dtype)
+        here = (tuple(tensor.shape), tensor.dtype)
+        if there != here:
+            raise InputError(
+                f"{path}: tensor {name} is {there[1]} {list(there[0])}, "
+                f"here it is {here[1]} {list(here[0])}: {remedy}"
+            )

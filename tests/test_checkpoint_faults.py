@@ -1,0 +1,313 @@
+"""Real faults: ranks that are killed, disks that are full, files that are damaged.
+
+Each case forks ranks from a server (`checkpoint_ranks.py`), so that it takes about half a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openlm_lite.checkpoint import latest_checkpoint, read_model_weights
+from openlm_lite.commit import check_contents, read_commit
+
+HERE = Path(__file__).parent
+STRIDE = 12  # the default tier kills at every 12th event; marker `slow` at each
+
+
+class Ranks:
+    """The client of the fork server."""
+
+    def __init__(self, scratch: Path) -> None:
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        }
+        self._server = subprocess.Popen(
+            [sys.executable, str(HERE / "checkpoint_ranks.py"), str(scratch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+
+    def run(self, scenario: str, folder: Path, world_size: int = 2, **case: Any) -> dict[str, Any]:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        case |= {"scenario": scenario, "folder": str(folder), "world_size": world_size}
+        self._server.stdin.write(json.dumps(case) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def results(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        """What the ranks returned, of a case in which none may fail."""
+        answer = self.run(*args, **kwargs)
+        assert not any(answer["codes"]), "\n".join(e or "" for e in answer["errors"])
+        return answer["results"]
+
+    def close(self) -> None:
+        self._server.communicate()  # closes its input: it ends
+        assert self._server.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    client = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def whole_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """The folder and the results of an uninterrupted run: saves at steps 2, 3, 5; ends at 6."""
+    folder = tmp_path_factory.mktemp("whole") / "checkpoints"
+    return folder, ranks.results("train", folder)
+
+
+@pytest.fixture
+def saved(whole_run: tuple[Path, list[Any]], tmp_path: Path) -> Path:
+    """A copy of that folder: step_00000003 and step_00000005, written by two ranks."""
+    shutil.copytree(whole_run[0], tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --------------------------------------------------------------------------------------------
+# Killed ranks
+
+
+def kill_and_restart(
+    ranks: Ranks, folder: Path, kill: tuple[int, int], whole: list[dict[str, Any]]
+) -> str | None:
+    """What went wrong when the rank `kill[0]` died at its event `kill[1]`; None if nothing did."""
+    killed = ranks.run("train", folder, kill=kill)
+    victim, survivor = killed["codes"][kill[0]], killed["codes"][1 - kill[0]]
+    if victim != -9:
+        return f"the victim was not killed: {killed}"
+    if survivor == -9:
+        return "the survivor hung and had to be killed"
+    again = ranks.run("train", folder)
+    if any(again["codes"]):
+        return f"the restart failed: {again['errors']}"
+    for before, after in zip(whole, again["results"], strict=True):
+        if before["fingerprint"] != after["fingerprint"]:
+            return f"other weights or optimizer state (resumed at step {after['started_at']})"
+    # A kill before the deletion of step 2 leaves it, but whole; nothing else may remain.
+    if set(names_in(folder)) - {"step_00000002"} != {"step_00000003", "step_00000005"}:
+        return f"left on the disk: {names_in(folder)}"
+    for name in names_in(folder):
+        check_contents(read_commit(str(folder / name)))
+    return None
+
+
+def run_matrix(ranks: Ranks, whole: list[dict[str, Any]], scratch: Path, stride: int) -> None:
+    points = [(rank, k) for rank in (0, 1) for k in range(len(whole[rank]["events"]))]
+    failures = []
+    for rank, k in points[stride // 2 :: stride]:
+        problem = kill_and_restart(ranks, scratch / f"{rank}-{k}", (rank, k), whole)
+        if problem is not None:
+            failures.append(f"rank {rank}, event {k} ({whole[rank]['events'][k]}): {problem}")
+        shutil.rmtree(scratch / f"{rank}-{k}", ignore_errors=True)
+    assert not failures, "\n".join(failures)
+
+
+def test_a_rank_killed_at_any_event_resumes_bit_equal(
+    ranks: Ranks, whole_run: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    run_matrix(ranks, whole_run[1], tmp_path, STRIDE)
+
+
+@pytest.mark.slow
+def test_a_rank_killed_at_every_event_resumes_bit_equal(
+    ranks: Ranks, whole_run: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    run_matrix(ranks, whole_run[1], tmp_path, 1)
+
+
+@pytest.mark.parametrize("around", ["before rename", "after rename"])
+@pytest.mark.parametrize("nth", [1, -1], ids=["first commit", "deletion of the oldest"])
+def test_a_kill_around_a_rename_resumes_bit_equal(
+    ranks: Ranks, whole_run: tuple[Path, list[Any]], tmp_path: Path, around: str, nth: int
+) -> None:
+    """The two instants that the protocol turns on, whatever the stride meets."""
+    events = whole_run[1][0]["events"]
+    k = [i for i, name in enumerate(events) if name == around][nth]
+    assert kill_and_restart(ranks, tmp_path / "run", (0, k), whole_run[1]) is None
+
+
+# --------------------------------------------------------------------------------------------
+# Other numbers of ranks, other models
+
+
+def test_two_ranks_to_one_and_back_gives_bit_equal_parameters(
+    ranks: Ranks, saved: Path, tmp_path: Path
+) -> None:
+    at_two = ranks.results("weights", saved, world_size=2)[0]
+    assert at_two["state"] == {"step": 5, "tokens": 500, "next_sample": 40}
+    assert ranks.results("weights", saved, world_size=1)[0] == at_two
+    assert ranks.results("weights", saved, world_size=1, sharded=False)[0] == at_two
+    assert ranks.results("weights", saved, world_size=3)[0] == at_two
+
+    alone = tmp_path / "alone"
+    ranks.results("train", alone, world_size=1, steps=2, save_at=[2])
+    at_one = ranks.results("weights", alone, world_size=1)[0]
+    assert ranks.results("weights", alone, world_size=2)[0] == at_one
+    assert at_one["fingerprint"] != at_two["fingerprint"]
+
+
+def test_read_model_weights_needs_no_ranks_and_gives_whole_tensors(saved: Path) -> None:
+    weights = read_model_weights(str(saved / "step_00000005"))
+    assert {name: tuple(w.shape) for name, w in weights.items()} == {
+        "layers.0.weight": (6, 6),
+        "layers.1.weight": (6, 6),
+        "head.weight": (1, 6),
+    }
+
+
+def test_another_architecture_is_refused_on_every_rank_and_the_model_untouched(
+    ranks: Ranks, saved: Path
+) -> None:
+    for result in ranks.results("load_into_other", saved):
+        assert "tensor model.head.weight is torch.float32 [1, 6], here" in result["error"]
+        assert "another architecture" in result["error"]
+        assert result["untouched"]
+
+
+# --------------------------------------------------------------------------------------------
+# Full disks
+
+
+@pytest.mark.parametrize("fault_rank", [0, 1])
+def test_a_full_disk_on_one_rank_fails_on_all_and_leaves_the_earlier_checkpoints(
+    ranks: Ranks, saved: Path, fault_rank: int
+) -> None:
+    for result in ranks.results("fail_to_save", saved, fault="write", fault_rank=fault_rank):
+        assert f"rank {fault_rank}: OSError: [Errno 28] No space left" in result["error"]
+        assert result["names"] == ["step_00000003", "step_00000005"]
+        assert result["again"] == "step_00000006"
+
+
+def test_a_failed_commit_fails_on_all_ranks_and_leaves_the_earlier_checkpoints(
+    ranks: Ranks, saved: Path
+) -> None:
+    for result in ranks.results("fail_to_save", saved, fault="commit"):
+        assert "Input/output error" in result["error"]
+        assert result["names"] == ["step_00000003", "step_00000005"]
+        assert result["again"] == "step_00000006"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)])
+    if done.returncode != 0:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("free_pages", [2, 4, 7])  # of 4 KiB; a checkpoint wants about 12
+def test_a_really_full_disk_fails_on_all_ranks_and_leaves_the_earlier_checkpoints(
+    ranks: Ranks, saved: Path, small_disk: Path, free_pages: int
+) -> None:
+    root = small_disk / "checkpoints"
+    shutil.copytree(saved, root)
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - free_pages * 4096))
+    case = {"fault": "quota", "filler": str(filler)}
+    for result in ranks.results("fail_to_save", root, **case):
+        assert result["error"]
+        assert result["names"] == ["step_00000003", "step_00000005"]
+        assert result["again"] == "step_00000006"
+
+
+def test_too_little_space_is_said_before_anything_is_written(
+    ranks: Ranks, saved: Path, small_disk: Path
+) -> None:
+    root = small_disk / "checkpoints"
+    shutil.copytree(saved, root)
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 4096))
+    for result in ranks.results("fail_to_save", root, fault="none", filler=str(filler)):
+        assert "4,096 bytes are free, a checkpoint wants" in result["error"]
+        assert "free some space" in result["error"]
+
+
+# --------------------------------------------------------------------------------------------
+# Damaged files
+
+FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata", "COMMIT.json", "state.json", "config.yaml"]
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "delete":
+        file.unlink()
+        return
+    if how == "truncate":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content.clear()
+    else:
+        content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "empty", "delete"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(
+    saved: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(saved / "step_00000005" / name, how)
+    found = latest_checkpoint(str(saved))
+    assert found is not None and found.step == 3
+    assert names_in(saved) == ["bad-step_00000005", "step_00000003"]
+    assert name in caplog.text and "bad-step_00000005" in caplog.text
+
+
+def test_all_ranks_go_back_together_and_continue_bit_equal(
+    ranks: Ranks, saved: Path, whole_run: tuple[Path, list[Any]]
+) -> None:
+    damage(saved / "step_00000005" / "__1_0.distcp", "flip")
+    for before, after in zip(whole_run[1], ranks.results("train", saved), strict=True):
+        assert after["started_at"] == 3
+        assert after["fingerprint"] == before["fingerprint"]
+    assert names_in(saved) == ["bad-step_00000005", "step_00000003", "step_00000005"]
+
+
+def test_any_single_changed_byte_is_found(saved: Path) -> None:
+    """Every byte of the JSON files, and 50 seeded random ones of each other file."""
+    folder = saved / "step_00000005"
+    assert names_in(folder) == sorted(FILES)
+    dice = random.Random(0)
+    for name in FILES:
+        original = (folder / name).read_bytes()
+        positions: list[int] = list(range(len(original)))
+        if not name.endswith(".json"):
+            positions = dice.sample(positions, min(50, len(original)))
+        for position in positions:
+            changed = bytearray(original)
+            changed[position] ^= 1 << dice.randrange(8)
+            (folder / name).write_bytes(changed)
+            found = latest_checkpoint(str(saved))
+            assert found is not None and found.step == 3, f"{name}: byte {position}"
+            (saved / "bad-step_00000005").rename(folder)
+        (folder / name).write_bytes(original)
+    found = latest_checkpoint(str(saved))
+    assert found is not None and found.step == 5
