@@ -1,0 +1,236 @@
+"""`openlm VERB …`: every verb parses its words and calls one function.
+
+Modules are imported inside the verbs, so that `openlm` itself starts at once.
+Exit codes: 0 done; 2 bad input; 75 stopped on request with a checkpoint saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from openlm_lite.errors import InputError
+
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    parser = _parser()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(words)
+    try:
+        return args.run(args)
+    except InputError as e:
+        _report(e)
+        return BAD_INPUT
+    except BrokenPipeError:  # `openlm … | head`
+        sys.stderr.close()
+        return 0
+
+
+def _report(error: InputError) -> None:
+    """The message on standard error; before the ranks have met, they all found the same."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        torch_dist = sys.modules.get("torch.distributed")
+        if torch_dist is None or not torch_dist.is_initialized():
+            return
+    print(f"openlm: {error}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="openlm",
+        description="Pretraining of decoder-only language models, from text to Hugging Face.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = verb("config", _config, "print a recipe resolved, with what follows from it")
+    p.add_argument("words", nargs="*", metavar="RECIPE | a.b=c", help="a recipe, then overrides")
+    p.add_argument("--gpus", type=int, default=1, help="for the memory estimate (default 1)")
+    p.add_argument("--schedule", metavar="FILE.csv", help="write step,tokens,lr of every step")
+    p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+    p = verb("prepare", _prepare, "turn text into token shards")
+    p.add_argument(
+        "inputs", nargs="+", help="files, folders or globs: jsonl[.gz|.zst], parquet, text"
+    )
+    p.add_argument("--out", required=True, help="the folder to make")
+    how = p.add_mutually_exclusive_group(required=True)
+    how.add_argument(
+        "--tokenizer", help="tiktoken encoding, ranks file, tokenizer.json or hub name"
+    )
+    how.add_argument("--train-tokenizer", type=int, metavar="N", help="train a BPE of N ids first")
+    p.add_argument("--eot", help="the token that ends documents, if the tokenizer has several")
+    p.add_argument("--val-fraction", type=float, default=0.0, help="of the documents, held out")
+    p.add_argument("--text-field", default="text", help="of jsonl and parquet (default text)")
+    p.add_argument("--block-tokens", type=int, default=65536, help="tokens per block")
+    p.add_argument("--blocks-per-shard", type=int, default=256)
+    p.add_argument("--seed", type=int, default=0, help="of the shuffle and the split")
+    p.add_argument("--workers", type=int, default=0, help="processes; 0: all cores")
+    p.add_argument("--json", action="store_true", help="the report as JSON on standard output")
+
+    p = verb("inspect", _inspect, "show what a dataset, run or checkpoint holds")
+    p.add_argument("path")
+    p.add_argument("--verify", action="store_true", help="read everything, check sums and ranges")
+    p.add_argument("--step", type=int, help="the rows that a run's step (from 0) reads")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("train", _train, "train a recipe; the same command resumes")
+    p.add_argument("recipe")
+    p.add_argument("overrides", nargs="*", metavar="a.b=c")
+
+    p = verb("plot", _plot, "draw the loss of one or more runs")
+    p.add_argument("runs", nargs="+", metavar="RUN")
+    p.add_argument("--out", help="PNG or SVG file (default RUN/loss.png)")
+
+    p = verb("export", _export, "write a checkpoint as a Hugging Face folder")
+    p.add_argument("checkpoint", help="run folder, or one of its step_… folders")
+    p.add_argument("out", help="the folder to make")
+    p.add_argument("--native", action="store_true", help="refuse anything but a native class")
+    p.add_argument("--tokenizer", help="instead of the run's own")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("generate", _generate, "continue a prompt")
+    p.add_argument("path", help="run folder, checkpoint or Hugging Face folder")
+    p.add_argument("prompt")
+    p.add_argument("--max-new-tokens", type=int, default=100)
+    p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    p.add_argument("--top-k", type=int, default=0, help="0: all")
+    p.add_argument("--top-p", type=float, default=0.95)
+    p.add_argument("--repetition-penalty", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--json", action="store_true")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> int:
+    from openlm_lite import config, run
+    from openlm_lite.optim.schedule import lr_at
+
+    if args.gpus < 1:
+        raise InputError(f"--gpus {args.gpus}: must be at least 1")
+    if not args.words or "=" in args.words[0]:
+        model = run.load_model(args.words)
+        if args.schedule:
+            raise InputError("--schedule needs a recipe")
+        resolved: Any = {"model": config.to_plain(model)}
+        derived = run.derived_model(model, model.max_seq_len)
+    else:
+        cfg = run.load_run(args.words[0], args.words[1:])
+        resolved, derived = config.to_plain(cfg), run.derived(cfg, args.gpus)
+        if args.schedule:
+            with open(args.schedule, "w", encoding="utf-8") as f:
+                f.write("step,tokens,lr\n")
+                for step in range(cfg.steps):
+                    lr = lr_at(step, cfg.steps, cfg.optim.lr, cfg.schedule)
+                    f.write(f"{step},{step * cfg.global_batch_tokens},{lr!r}\n")
+    if args.json:
+        print(json.dumps({"config": resolved, **derived}))
+        return 0
+    print(config.dump_yaml(resolved), end="")
+    print("\n# derived")
+    for name, value in derived.items():
+        print(f"# {name}: {value:,}" if isinstance(value, int) else f"# {name}: {value:,.4g}")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from openlm_lite.data.prepare import PrepareConfig, prepare
+
+    names = {f.name for f in dataclasses.fields(PrepareConfig)}
+    given = {k: v for k, v in vars(args).items() if k in names}
+    report = prepare(PrepareConfig(**given | {"inputs": tuple(args.inputs)}))
+    _print_result(dataclasses.asdict(report), args.json)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from openlm_lite.inspection import inspect_path
+
+    _print_result(inspect_path(args.path, verify=args.verify, step=args.step), args.json)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from openlm_lite import log
+    from openlm_lite.run import load_run
+    from openlm_lite.train import train
+
+    log.setup_console()
+    return train(load_run(args.recipe, args.overrides))
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from openlm_lite.plots import plot_runs
+
+    print(plot_runs(args.runs, args.out))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from openlm_lite.hf.convert import export_checkpoint
+
+    report = export_checkpoint(
+        args.checkpoint, args.out, tokenizer=args.tokenizer, dtype=args.dtype
+    )
+    _print_result(dataclasses.asdict(report), args.json)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from openlm_lite.eval.generate import generate_text
+
+    text = generate_text(
+        args.path,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+    if args.json:
+        print(json.dumps({"prompt": args.prompt, "text": text}))
+    else:
+        print(text)
+    return 0
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    """A verb's result: one JSON object, or a line per name."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    width = max(map(len, result), default=0)
+    for name, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            print(f"{name}:")
+            for row in value:
+                print("  " + "  ".join(f"{k}={v}" for k, v in row.items()))
+        else:
+            shown = (
+                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            )
+            print(f"{name:<{width}}  {shown}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Validation loss: mean cross entropy per target token of held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from openlm_lite.data.stream import Batch
+from openlm_lite.errors import InputError
+from openlm_lite.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When the validation sources are read, and how much of each."""
+
+    every_steps: int = 1000
+    """also before the first and after the last step; 0: only those two"""
+    tokens: int = 1_000_000
+    """of each source, from its start"""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0 or self.tokens < 1:
+            raise InputError("eval: every_steps must not be negative, tokens must be positive")
+
+
+@torch.no_grad()
+def validation_loss(model: Transformer, batches: Iterable[Batch], device: torch.device) -> float:
+    """Nats per target token over the batches of all ranks; every rank gets the same value.
+
+    Each token counts once: batches with fewer targets weigh less.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        loss = model(batch.tokens_BT.to(device), batch.targets_BT.to(device))
+        sums += torch.stack((loss.ce.double(), loss.n_targets.double()))
+    dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item()

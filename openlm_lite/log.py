@@ -1,0 +1,120 @@
+"""Where measurements go: `metrics.jsonl` (one JSON object per line), the console, `log.txt`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from openlm_lite.errors import InputError
+
+logger = logging.getLogger("openlm_lite")
+
+
+def setup_console(log_file: Path | None = None) -> None:
+    """Messages of this process on standard error and, with `log_file`, appended there too."""
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file is not None:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def close_console() -> None:
+    """Let go of the log file."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+
+
+class MetricsFile:
+    """`metrics.jsonl`: appended line by line; a resumed run first drops what it will redo."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        _keep_steps_until(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; whole lines only, so that a kill cuts at most the last one."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a `metrics.jsonl`; a last line that a kill cut off is left out."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a run writes it from its first step on")
+    records = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number}: not a JSON object") from None
+    return records
+
+
+def _keep_steps_until(path: Path, step: int) -> None:
+    """Rewrite the file with the records up to `step`: those after it are trained again."""
+    if not path.is_file():
+        return
+    kept = [r for r in read_metrics(path) if r["step"] <= step]
+    temporary = path.with_suffix(".jsonl.tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.writelines(json.dumps(record) + "\n" for record in kept)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
+    """One console line of a training step."""
+    parts = [
+        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}",
+        f"tokens {human(record['tokens'])}",
+        f"loss {record['train/loss']:.4f}",
+        f"lr {record['train/lr']:.2e}",
+        f"grad_norm {record['train/grad_norm']:.2f}",
+        f"{human(record['perf/tokens_per_second'])} tokens/s",
+    ]
+    if "perf/mfu" in record:
+        parts.append(f"mfu {100 * record['perf/mfu']:.1f} %")
+    parts.append(f"eta {duration(seconds_left)}")
+    return "  ".join(parts)
+
+
+def human(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{letter}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """3661 -> 1:01:01."""
+    return (
+        time.strftime("%-H:%M:%S", time.gmtime(seconds))
+        if seconds < 86400
+        else (f"{seconds / 86400:.1f} days")
+    )

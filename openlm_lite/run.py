@@ -1,0 +1,265 @@
+"""A whole run as one config: the rooms' configs side by side, and the rules across them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openlm_lite import config
+from openlm_lite.checkpoint import CheckpointConfig
+from openlm_lite.config import ConfigError, Tree, Value
+from openlm_lite.data.stream import DataConfig
+from openlm_lite.errors import InputError
+from openlm_lite.eval.loss import EvalConfig
+from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.loss import LossConfig
+from openlm_lite.optim.build import OptimConfig
+from openlm_lite.optim.schedule import ScheduleConfig
+from openlm_lite.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str
+    """everything that the run writes; the same command on the same folder resumes"""
+    seed: int = 0
+    """of the initial weights (the order of the data has data.seed)"""
+    deterministic: bool = False
+    """bit-identical repetition on a GPU too, at some cost in speed (a CPU always is)"""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """How often the console gets a line; `metrics.jsonl` gets one for every step."""
+
+    every_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise InputError(f"log.every_steps = {self.every_steps}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run. The four sizes on top decide how much is trained, in which portions."""
+
+    run: RunSettings
+    model: ModelConfig
+    data: DataConfig
+    global_batch_tokens: int
+    """tokens of one optimizer step, over all ranks and micro-batches"""
+    micro_batch_size: int
+    """sequences per rank in one forward pass"""
+    total_tokens: int | None = None
+    """trained in whole steps, rounded down; give this or total_steps"""
+    total_steps: int | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        problems = self._problems()
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems(self) -> list[str]:
+        found = []
+        seq_len = self.data.seq_len
+        if self.micro_batch_size < 1:
+            found.append(f"micro_batch_size = {self.micro_batch_size}, must be at least 1")
+        if seq_len > self.model.max_seq_len:
+            found.append(
+                f"data.seq_len = {seq_len} is longer than model.max_seq_len = "
+                f"{self.model.max_seq_len}"
+            )
+        if seq_len < 1 or self.global_batch_tokens < 1 or self.global_batch_tokens % seq_len:
+            near = max(1, round(self.global_batch_tokens / max(1, seq_len))) * seq_len
+            found.append(
+                f"global_batch_tokens = {self.global_batch_tokens} is not a multiple of "
+                f"data.seq_len = {seq_len}; the nearest is {near}"
+            )
+        if (self.total_tokens is None) == (self.total_steps is None):
+            found.append("give total_tokens or total_steps, one of them")
+        elif self.steps < 1:
+            found.append(
+                f"total_tokens = {self.total_tokens} is less than one step of "
+                f"global_batch_tokens = {self.global_batch_tokens}"
+                if self.total_steps is None
+                else f"total_steps = {self.total_steps}, must be at least 1"
+            )
+        else:
+            try:
+                self.schedule.check_length(self.steps)
+            except InputError as e:
+                found.append(str(e))
+        return found
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.total_steps is not None:
+            return self.total_steps
+        return (self.total_tokens or 0) // max(1, self.global_batch_tokens)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return self.global_batch_tokens // self.data.seq_len
+
+    def micro_batches(self, world_size: int) -> int:
+        """Forward passes of one rank per optimizer step.
+
+        Raises InputError where the batch does not divide among the ranks.
+        """
+        portion = world_size * self.micro_batch_size
+        if self.global_batch % portion:
+            raise InputError(
+                f"global_batch_tokens = {self.global_batch_tokens} are {self.global_batch} "
+                f"sequences, which {world_size} ranks x micro_batch_size = "
+                f"{self.micro_batch_size} do not divide; change one of them"
+            )
+        return self.global_batch // portion
+
+
+def load_run(source: str, words: Sequence[str] = ()) -> RunConfig:
+    """The run of a recipe (path, or name of a shipped one) with `a.b=c` words on top."""
+    path = config.find_file(source, "recipes", ".yaml")
+    tree = config.merge(config.load_tree(path), config.override_tree(words))
+    return config.decode(RunConfig, with_base_model(tree))
+
+
+def load_model(words: Sequence[str]) -> ModelConfig:
+    """An architecture alone, from `model.…=…` words."""
+    tree = with_base_model(config.override_tree(words))
+    extra = [key for key in tree if key != "model"]
+    if extra:
+        raise InputError(
+            f"command line: {', '.join(extra)}: without a recipe only model.… has a meaning; "
+            "put a recipe first"
+        )
+    node = tree.get("model", {})
+    return config.decode(ModelConfig, node if isinstance(node, dict) else {})
+
+
+def with_base_model(tree: Tree) -> Tree:
+    """`model: {base: NAME, …}` with the file of that architecture put under it."""
+    node = tree.get("model")
+    if isinstance(node, Value) and isinstance(node.value, str):
+        raise InputError(
+            f"{node.origin}: model: {node.value!r} must be a mapping; write "
+            f"model: {{base: {node.value}}} (on the command line model.base={node.value})"
+        )
+    if not isinstance(node, dict) or "base" not in node:
+        return tree
+    node = dict(node)
+    base = node.pop("base")
+    if not isinstance(base, Value) or not isinstance(base.value, str):
+        raise InputError("model.base: must be the name or path of a file in model_configs/")
+    try:
+        path = config.find_file(base.value, "model_configs", ".json")
+    except InputError as e:
+        raise InputError(f"{base.origin}: model.base: {e}") from None
+    architecture = config.load_tree(path)
+    architecture.pop("comment", None)
+    return {**tree, "model": config.merge(architecture, node)}
+
+
+def derived(cfg: RunConfig, gpus: int = 1) -> dict[str, Any]:
+    """What follows from a run's config; memory is per GPU on `gpus` of them.
+
+    `total_tokens` is what was asked for, `trained_tokens` what whole steps make of it.
+    """
+    trained = cfg.steps * cfg.global_batch_tokens
+    return {
+        **derived_model(cfg.model, cfg.data.seq_len),
+        "total_steps": cfg.steps,
+        "total_tokens": trained if cfg.total_tokens is None else cfg.total_tokens,
+        "trained_tokens": trained,
+        "global_batch_sequences": cfg.global_batch,
+        "total_flops": float(trained * cfg.model.flops_per_token(cfg.data.seq_len)),
+        "tokens_per_parameter": round(trained / cfg.model.n_params, 2),
+        "gpus": gpus,
+        "memory_gib_per_gpu": round(memory_bytes(cfg, gpus) / 2**30, 2),
+    }
+
+
+def derived_model(model: ModelConfig, seq_len: int) -> dict[str, Any]:
+    """What follows from an architecture."""
+    return {
+        "n_params": model.n_params,
+        "n_params_non_embedding": model.n_params_non_embedding,
+        "flops_per_token": model.flops_per_token(seq_len),
+    }
+
+
+def memory_bytes(cfg: RunConfig, gpus: int) -> int:
+    """Estimate of one GPU's peak memory in training, without the allocator's own overhead.
+
+    States: 16 bytes per parameter (fp32 weight, gradient, two Adam moments), sharded over the
+    GPUs. Gathered: the weights of two blocks and of the unsharded tables, and their gradients, in
+    the compute dtype. Activations per token and block: what the backward pass needs, 6 D for the
+    residual stream and norms, 3 N H + 4 K H for attention, 4 F for the gated network. Loss: one
+    chunk of logits (fp32 twice) and the fp32 gradient of the head.
+    """
+    model, bytes_each = cfg.model, 4 if cfg.parallel.precision == "fp32" else 2
+    states = 16 * model.n_params // gpus
+    block = model.n_block_matrix_params // model.n_layers
+    tables = model.n_params - model.n_block_matrix_params
+    gathered = 2 * bytes_each * (2 * block + tables)
+    tokens = cfg.micro_batch_size * cfg.data.seq_len
+    width = 6 * model.d_model + 3 * model.q_width + 4 * model.kv_width + 4 * model.d_ff
+    if cfg.parallel.activation_checkpointing:
+        activations = bytes_each * tokens * (model.n_layers * model.d_model + width)
+    else:
+        activations = bytes_each * tokens * model.n_layers * width
+    loss = 2 * 4 * min(tokens * model.vocab_size, 2**27) + 4 * model.vocab_size * model.d_model
+    return states + gathered + activations + loss
+
+
+def resolved_yaml(cfg: RunConfig) -> str:
+    """The run as a recipe that needs no other file."""
+    return config.dump_yaml(cfg)
+
+
+def model_json(model: ModelConfig) -> str:
+    """The architecture in the form of the files in model_configs/."""
+    return json.dumps(config.to_plain(model), indent=2) + "\n"
+
+
+def parse_model_json(text: str, origin: str) -> ModelConfig:
+    """The architecture of a `model.json` document."""
+    plain = config.parse_yaml(text, origin)
+    if not isinstance(plain, dict):
+        raise InputError(f"{origin}: holds no mapping")
+    return config.decode(ModelConfig, config.to_tree(plain, origin))
+
+
+# What a resumed run may change: none of it decides which model comes out (up to rounding).
+MAY_CHANGE_ON_RESUME = ("run.dir", "micro_batch_size", "parallel.", "checkpoint.", "eval.", "log.")
+
+
+def check_same_run(cfg: RunConfig, folder: Path) -> None:
+    """Raises InputError if `folder` holds a run with another config, naming the differences."""
+    old = config.flatten(config.parse_yaml((folder / "config.yaml").read_text(), str(folder)))
+    new = config.flatten(config.to_plain(cfg))
+    differing = [
+        f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not key.startswith((*MAY_CHANGE_ON_RESUME, "data.prefetch_batches"))
+    ]
+    if differing:
+        raise InputError(
+            f"{folder}: holds a run with another configuration:\n  "
+            + "\n  ".join(differing)
+            + "\nset run.dir to a new folder, or go back to the values of the run there"
+        )

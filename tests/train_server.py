@@ -1,0 +1,189 @@
+"""Starts real ranks of `openlm train` in half a second each: a fork server for the tests.
+
+`torchrun` imports torch once per rank (many seconds); here one process imports everything, then
+forks the ranks of every request. The ranks meet through a TCP store on loopback, as under torchrun.
+Requests and answers are JSON lines on standard input and output:
+
+    {"words": ["recipe.yaml", "a.b=c"], "world": 2, "kill": {"rank": 1, "event": 17},
+     "log": "FILE"}
+    -> {"codes": [0, -9], "events": [40, 17]}
+
+An event is one call of an instrumented function (optimizer step, log record, file of a checkpoint,
+commit, …); the rank kills itself with SIGKILL when it has counted to `event`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+class TrainServer:
+    """The client's side; use as a context manager."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def __enter__(self) -> TrainServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+    def train(
+        self,
+        *words: str,
+        world: int = 1,
+        kill: tuple[int, int] | None = None,
+        log: Path | None = None,
+    ) -> dict[str, Any]:
+        """Run the ranks to their end; exit codes (negative: the signal) and events per rank."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = {
+            "words": list(words),
+            "world": world,
+            "kill": None if kill is None else {"rank": kill[0], "event": kill[1]},
+            "log": None if log is None else str(log),
+        }
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the train server died"
+        return json.loads(line)
+
+
+def _serve() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    # What a first step would import; forked ranks then start at once.
+    import torch._dynamo
+    import torch.distributed.tensor
+
+    import openlm_lite.train  # noqa: F401
+
+    for line in sys.stdin:
+        print(json.dumps(_run(json.loads(line))), flush=True)
+
+
+def _run(request: dict[str, Any]) -> dict[str, Any]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    read_end, write_end = os.pipe()
+    pids = []
+    for rank in range(request["world"]):
+        pid = os.fork()
+        if pid == 0:
+            os.close(read_end)
+            _be_rank(request, rank, port, write_end)
+        pids.append(pid)
+    os.close(write_end)
+    codes = _wait(pids)
+    with os.fdopen(read_end) as pipe:
+        counts = dict(json.loads(line) for line in pipe)
+    return {"codes": codes, "events": [counts.get(r, -1) for r in range(request["world"])]}
+
+
+def _wait(pids: list[int]) -> list[int]:
+    """Exit codes in order; when one rank dies the others are killed, as torchrun does."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(pids):
+        pid, status = os.waitpid(-1, 0)
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] not in (0, 75):
+            time.sleep(0.2)
+            for other in set(pids) - set(codes):
+                os.kill(other, signal.SIGKILL)
+    return [codes[pid] for pid in pids]
+
+
+def _be_rank(request: dict[str, Any], rank: int, port: int, report: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(request["world"]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    log = os.open(request["log"] or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    kill = request["kill"]
+    events = _Events(kill["event"] if kill and kill["rank"] == rank else None)
+    code = 1
+    try:
+        events.instrument()
+        from openlm_lite.cli import main
+
+        code = main(["train", *request["words"]])
+    except SystemExit as e:
+        code = int(e.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    os.write(report, (json.dumps([rank, events.count]) + "\n").encode())
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class _Events:
+    """Counts the calls of the functions in which a kill is most likely to hurt."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.kill_at = kill_at
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+        if self.count == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def instrument(self) -> None:
+        import torch
+        import torch.distributed.checkpoint.filesystem as dcp_files
+
+        from openlm_lite import checkpoint, log, train
+
+        self._around(train, "forward_backward")
+        self._around(train, "clip_gradients")
+        self._around(torch.optim.AdamW, "step")
+        self._around(log.MetricsFile, "write")
+        self._around(checkpoint, "write_synced")
+        self._around(dcp_files, "_write_item")
+        self._around(os, "rename")
+
+    def _around(self, owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self()
+            result = inner(*args, **kwargs)
+            self()
+            return result
+
+        setattr(owner, name, counted)
+
+
+if __name__ == "__main__":
+    _serve()
