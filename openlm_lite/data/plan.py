@@ -1,0 +1,218 @@
+"""Stage 1 of `openlm prepare`: what is asked, and which files make which pieces of work.
+
+    inputs (files, folders, globs) -> files, sorted, numbered -> spans -> pieces of about one size
+
+The plan depends on the inputs alone, not on workers or the machine, and nothing is written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openlm_lite import storage
+from openlm_lite.data.order import check_seed
+from openlm_lite.data.read import Format, format_of, known_extensions, spans
+from openlm_lite.errors import InputError
+
+# A piece is what a worker does between two chances to resume: seconds, and 10,000s of documents.
+_MIN_PIECE_BYTES = 1 << 20
+_MAX_PIECE_BYTES = 32 << 20
+_PIECES_WANTED = 64  # so that a small corpus, too, keeps all workers busy
+# Raised when the bytes of the shards change for the same inputs and settings.
+RECIPE_VERSION = 1
+_PROBE_BYTES = 64 << 10  # of each file's head and tail, for the fingerprint
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What `openlm prepare` is asked to do."""
+
+    inputs: tuple[str, ...]  # files, folders, globs
+    out: str  # folder; new or empty
+    tokenizer: str | None = None  # as load_tokenizer takes it; this or train_tokenizer
+    train_tokenizer: int | None = None  # vocabulary size of a BPE to train on the inputs
+    eot: str | None = None  # text of the end-of-document token, where the tokenizer does not say
+    val_fraction: float = 0.0  # of the documents; > 0: datasets OUT/train and OUT/val
+    seed: int = 0  # of the shuffle and of the split
+    workers: int = 0  # processes; 0 = all cores
+    block_tokens: int = 65_536  # every data.seq_len must divide it
+    blocks_per_shard: int = 256
+    text_field: str = "text"  # of JSON lines and parquet
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input as the user named it."""
+
+    path: str
+    n_files: int
+    bytes: int
+    n_skipped_files: int  # in a folder: files whose extension is not known
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of one file: the documents whose positions lie in [start, stop)."""
+
+    file: int  # number of the file in the plan: half of a document's identity
+    source: int  # number of the input
+    path: str
+    format: Format
+    start: int
+    stop: int
+    bytes: int  # on disk, for progress
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some spans that one worker tokenises in one go."""
+
+    number: int
+    spans: tuple[Span, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(span.bytes for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work, and a sha256 over the inputs: sizes and the head and tail of every file."""
+
+    sources: tuple[Source, ...]
+    pieces: tuple[Piece, ...]
+    sha256: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(piece.bytes for piece in self.pieces)
+
+
+def check_config(cfg: PrepareConfig) -> None:
+    """Raises InputError for a setting that is out of range or missing."""
+    if (cfg.tokenizer is None) == (cfg.train_tokenizer is None):
+        what = "neither was given" if cfg.tokenizer is None else "both were given"
+        raise InputError(
+            f"--tokenizer NAME_OR_FILE or --train-tokenizer N: {what}; give exactly one"
+        )
+    if cfg.train_tokenizer is not None and cfg.eot is not None:
+        raise InputError("--eot: a trained tokenizer has its own, <|endoftext|>; leave --eot out")
+    if cfg.train_tokenizer is not None and not 258 <= cfg.train_tokenizer <= 1 << 20:
+        raise InputError(
+            f"--train-tokenizer: {cfg.train_tokenizer} is out of range; allowed are 258 "
+            "(256 bytes, the end of text, one merge) to 1048576"
+        )
+    if not 0.0 <= cfg.val_fraction < 1.0:
+        raise InputError(f"--val-fraction: {cfg.val_fraction} is out of range; allowed: 0 <= f < 1")
+    check_seed(cfg.seed, "--seed")
+    for flag, value, least in (
+        ("--workers", cfg.workers, 0),
+        ("--block-tokens", cfg.block_tokens, 1),
+        ("--blocks-per-shard", cfg.blocks_per_shard, 1),
+    ):
+        if value < least:
+            raise InputError(f"{flag}: {value} is too small; allowed: >= {least}")
+    if not cfg.text_field:
+        raise InputError("--text-field: empty; name the field that holds the text")
+
+
+def settings_of(cfg: PrepareConfig) -> dict[str, Any]:
+    """The settings that decide the bytes of the shards."""
+    names = (
+        *("tokenizer", "train_tokenizer", "eot", "val_fraction", "seed"),
+        *("block_tokens", "blocks_per_shard", "text_field"),
+    )
+    return {name: getattr(cfg, name) for name in names}
+
+
+def fingerprint_of(settings: dict[str, Any], plan: Plan, tokenizer: list[Any] | None) -> str:
+    """sha256 of all that decides the bytes of the shards.
+
+    `tokenizer` is its fingerprint and EOT id: its name does not count. None: to be trained.
+    """
+    facts = {
+        **settings,
+        "tokenizer": tokenizer,
+        "eot": None,
+        "inputs": plan.sha256,
+        "recipe": RECIPE_VERSION,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(inputs: Sequence[str], out: str) -> Plan:
+    """Find and check the inputs and cut them into pieces.
+
+    Raises InputError: nothing named, nothing there, an unknown extension, `out` among the inputs.
+    """
+    if not inputs:
+        raise InputError("no input was named; give files, folders or globs of documents")
+    sources: list[Source] = []
+    files: list[tuple[int, str, Format]] = []
+    for number, path in enumerate(inputs):
+        found, skipped = _known_files(path, out)
+        sizes = sum(os.path.getsize(file) for file, _ in found)
+        sources.append(Source(path, len(found), sizes, skipped))
+        files += [(number, file, format) for file, format in found]
+    total = sum(source.bytes for source in sources)
+    piece_bytes = min(_MAX_PIECE_BYTES, max(_MIN_PIECE_BYTES, total // _PIECES_WANTED))
+    all_spans = [
+        Span(file, source, path, format, start, stop, weight)
+        for file, (source, path, format) in enumerate(files)
+        for start, stop, weight in spans(path, format, piece_bytes)
+    ]
+    pieces = tuple(Piece(n, group) for n, group in enumerate(_packed(all_spans, piece_bytes)))
+    return Plan(tuple(sources), pieces, _fingerprint([(path, format) for _, path, format in files]))
+
+
+def _known_files(path: str, out: str) -> tuple[list[tuple[str, Format]], int]:
+    """The readable files of one input, and how many others its folder holds."""
+    found = storage.list_files(path)
+    known = [(file, format) for file in found if (format := format_of(file)) is not None]
+    # in a folder there may be other things (a licence, caches); a file named by hand must fit
+    is_folder = os.path.isdir(storage.local_path(path))
+    if not known or (len(known) < len(found) and not is_folder):
+        unknown = next((file for file in found if format_of(file) is None), None)
+        if unknown is None:
+            raise InputError(f"{path}: the folder holds no files")
+        raise InputError(f"{unknown}: unknown extension; known are {known_extensions()}")
+    out_place = os.path.realpath(out) + os.sep
+    for file, _ in known:
+        if os.path.realpath(file).startswith(out_place):
+            raise InputError(f"{path}: {file} lies in the out folder {out}; choose another --out")
+    if is_folder and out_place.startswith(os.path.realpath(storage.local_path(path)) + os.sep):
+        raise InputError(f"{out}: the out folder lies in the input folder {path}; choose another")
+    return known, len(found) - len(known)
+
+
+def _packed(all_spans: list[Span], piece_bytes: int) -> Iterator[tuple[Span, ...]]:
+    """Neighbouring spans together, up to about `piece_bytes`: many small files are one piece."""
+    group: list[Span] = []
+    weight = 0
+    for span in all_spans:
+        if group and weight + span.bytes > piece_bytes:
+            yield tuple(group)
+            group, weight = [], 0
+        group.append(span)
+        weight += span.bytes
+    if group:
+        yield tuple(group)
+
+
+def _fingerprint(files: list[tuple[str, Format]]) -> str:
+    """Names and times stay out: a moved or freshly copied corpus is the same corpus."""
+    digest = hashlib.sha256()
+    for path, format in files:
+        size = os.path.getsize(path)
+        digest.update(f"{format.kind} {format.compression} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_PROBE_BYTES))
+            if size > _PROBE_BYTES:
+                file.seek(max(_PROBE_BYTES, size - _PROBE_BYTES))
+                digest.update(file.read(_PROBE_BYTES))
+    return digest.hexdigest()
