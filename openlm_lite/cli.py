@@ -102,9 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("export", _export, "write a checkpoint as a Hugging Face folder")
     p.add_argument("checkpoint", help="run folder, or one of its step_… folders")
     p.add_argument("out", help="the folder to make")
-    p.add_argument("--native", action="store_true", help="refuse anything but a native class")
+    p.add_argument("--native", action="store_true", help="a class of transformers: the default")
     p.add_argument("--tokenizer", help="instead of the run's own")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="of a weights file")
     p.add_argument("--json", action="store_true")
 
     p = verb("generate", _generate, "continue a prompt")
@@ -116,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=0.95)
     p.add_argument("--repetition-penalty", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--tokenizer", help="instead of the model's own")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default cpu)")
     p.add_argument("--json", action="store_true")
     return parser
 
@@ -155,9 +158,14 @@ def _prepare(args: argparse.Namespace) -> int:
     from openlm_lite.data.prepare import PrepareConfig, prepare
 
     names = {f.name for f in dataclasses.fields(PrepareConfig)}
-    given = {k: v for k, v in vars(args).items() if k in names}
-    report = prepare(PrepareConfig(**given | {"inputs": tuple(args.inputs)}))
-    _print_result(dataclasses.asdict(report), args.json)
+    given: dict[str, Any] = {k: v for k, v in vars(args).items() if k in names}
+    given["inputs"] = tuple(args.inputs)
+    report = prepare(PrepareConfig(**given))
+    result = dataclasses.asdict(report)
+    if not args.json:  # a table of the splits reads better than nested mappings
+        splits = result.pop("splits")
+        result["splits"] = [{"split": name, **split} for name, split in splits.items()]
+    _print_result(result, args.json)
     return 0
 
 
@@ -188,29 +196,35 @@ def _export(args: argparse.Namespace) -> int:
     from openlm_lite.hf.convert import export_checkpoint
 
     report = export_checkpoint(
-        args.checkpoint, args.out, tokenizer=args.tokenizer, dtype=args.dtype
+        args.checkpoint,
+        args.out,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        max_shard_bytes=args.max_shard_bytes,
     )
     _print_result(dataclasses.asdict(report), args.json)
     return 0
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from openlm_lite.eval.generate import generate_text
+    from openlm_lite.eval.generate import Sampling, generate_text
 
-    text = generate_text(
+    names = [f.name for f in dataclasses.fields(Sampling)]
+    pieces = generate_text(
         args.path,
         args.prompt,
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
+        sampling=Sampling(**{name: getattr(args, name) for name in names}),
+        tokenizer=args.tokenizer,
+        device=args.device,
     )
     if args.json:
-        print(json.dumps({"prompt": args.prompt, "text": text}))
-    else:
-        print(text)
+        print(json.dumps({"prompt": args.prompt, "text": "".join(pieces)}))
+        return 0
+    print(args.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 

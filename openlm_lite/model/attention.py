@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openlm_lite.errors import InputError
+from openlm_lite.model import eager
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.layers import Norm, apply_rope
 
@@ -42,6 +43,25 @@ class KVCache:
         keys[:, :, self.length : end] = k_BKTH
         values[:, :, self.length : end] = v_BKTH
         return keys[:, :, :end], values[:, :, :end]
+
+
+def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_TS: Tensor | None) -> Tensor:
+    """Softmax attention, causal where no mask is given; N is a multiple of K."""
+    grouped = k_BKSH.shape[1] != q_BNTH.shape[1]
+    on_cpu = q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.float32
+    if mask_TS is None and on_cpu and q_BNTH.requires_grad:
+        return _train_on_cpu(q_BNTH, k_BKSH, v_BKSH)  # pyright: ignore[reportCallIssue]
+    return F.scaled_dot_product_attention(
+        q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, is_causal=mask_TS is None, enable_gqa=grouped
+    )
+
+
+@torch.compiler.disable  # a compiled block is two graphs around it
+def _train_on_cpu(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
+    repeats = q_BNTH.shape[1] // k_BKTH.shape[1]
+    if repeats > 1:
+        k_BKTH, v_BKTH = (t.repeat_interleave(repeats, dim=1) for t in (k_BKTH, v_BKTH))
+    return eager.CausalAttention.apply(q_BNTH, k_BKTH, v_BKTH)
 
 
 class Attention(nn.Module):
@@ -92,12 +112,5 @@ class Attention(nn.Module):
             k_BKSH, v_BKSH = cache.extend(self.layer, k_BKSH, v_BKSH)
             S = k_BKSH.shape[2]
             mask_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=start)
-        y_BNTH = F.scaled_dot_product_attention(
-            q_BNTH,
-            k_BKSH,
-            v_BKSH,
-            attn_mask=mask_TS,
-            is_causal=mask_TS is None,
-            enable_gqa=self.n_kv_heads != self.n_heads,
-        )
+        y_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask_TS)
         return self.wo(y_BNTH.transpose(1, 2).reshape(B, T, -1))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openlm_lite.model import eager
 from openlm_lite.model.config import ModelConfig
 
 
@@ -27,6 +28,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "rms_norm":
+            if x.device.type == "cpu" and not torch.compiler.is_compiling():
+                return eager.RMSNorm.apply(x, self.weight, self.eps)
             return F.rms_norm(x, self.shape, self.weight, self.eps)
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
@@ -47,6 +50,8 @@ def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 def apply_rope(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """Turn feature i and i + H/2 of each head by the angle of its position (GPT-NeoX pairing)."""
+    if not torch.compiler.is_compiling():
+        return eager.Rotate.apply(x_BTNH, cos_TH, sin_TH)
     first, second = x_BTNH.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     cos, sin = cos_TH.unsqueeze(1), sin_TH.unsqueeze(1)  # the same for every head
@@ -63,4 +68,7 @@ class FeedForward(nn.Module):
         self.w_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.w_down(F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD))
+        gate, up = self.w_gate(x_BTD), self.w_up(x_BTD)
+        if torch.compiler.is_compiling():
+            return self.w_down(F.silu(gate) * up)
+        return self.w_down(eager.SwiGLU.apply(gate, up))

@@ -79,9 +79,11 @@ def test_ten_optimizer_steps_equal_openlm(shared_data: Path) -> None:
         optimizer.zero_grad()
     final = reference.renamed(load_file(folder / "train10" / "final.safetensors"))
     for name, parameter in model.named_parameters():
-        # Not element by element: where a gradient is near Adam's eps, rounding decides its step.
-        distance = (parameter.detach() - final[name]).norm() / final[name].norm()
-        assert distance <= 1e-5, name
+        # Where a gradient is near Adam's eps, rounding decides its whole step (up to lr = 3e-3):
+        # nearly all elements are equal, and those few stay within a step.
+        difference = (parameter.detach() - final[name]).abs()
+        assert difference.max() <= 1e-3, name
+        assert (difference > 1e-5).float().mean() <= 1e-3, name
 
 
 def test_initial_weights_have_openlms_spread(shared_data: Path) -> None:

@@ -1,0 +1,93 @@
+"""`openlm inspect PATH`: what a dataset, a run or a checkpoint holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from openlm_lite import run
+from openlm_lite.checkpoint import resolve_checkpoint
+from openlm_lite.commit import COMMIT_NAME, DamagedError, check_contents, read_commit, step_folders
+from openlm_lite.data.inspect import inspect_dataset, inspect_step
+from openlm_lite.data.manifest import MANIFEST_NAME
+from openlm_lite.data.stream import TokenStream, open_dataset
+from openlm_lite.errors import InputError
+from openlm_lite.log import read_metrics
+
+
+def inspect_path(path: str, verify: bool = False, step: int | None = None) -> dict[str, Any]:
+    """Facts about `path`, as plain values; `verify` reads everything and checks it.
+
+    With `step` (a run only): the rows of the data that this step, from 0, trains on.
+    Raises InputError for what is none of the three, or is damaged.
+    """
+    folder = Path(path)
+    if step is not None and not (folder / "config.yaml").is_file():
+        raise InputError(f"{path}: --step needs a run folder (its config.yaml says what is read)")
+    if (folder / MANIFEST_NAME).is_file() or folder.name == MANIFEST_NAME:
+        return inspect_dataset(path, verify=verify)
+    if (folder / COMMIT_NAME).is_file():
+        return _inspect_checkpoint(folder, verify)
+    if (folder / "config.yaml").is_file():
+        return _inspect_run(folder, verify) if step is None else _inspect_batch(folder, step)
+    found = "nothing" if not folder.exists() else "none of them"
+    raise InputError(
+        f"{path}: found {found}; give a dataset (a folder with {MANIFEST_NAME}), a run (with "
+        f"config.yaml) or a checkpoint (with {COMMIT_NAME})"
+    )
+
+
+def _inspect_checkpoint(folder: Path, verify: bool) -> dict[str, Any]:
+    try:
+        commit = read_commit(str(folder))
+        if verify:
+            check_contents(commit)
+    except DamagedError as problem:
+        raise InputError(f"{folder}: {problem}") from None
+    model = json.loads((folder / "model.json").read_text()) if "model.json" in commit.files else {}
+    return {
+        "path": str(folder),
+        "step": commit.state.step,
+        "tokens": commit.state.tokens,
+        "next_sample": commit.state.next_sample,
+        "world_size": commit.world_size,
+        "bytes": commit.n_bytes,
+        "n_files": len(commit.files),
+        "verified": verify,
+        **commit.facts,
+        "model": model,
+    }
+
+
+def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
+    cfg = run.load_run(str(folder / "config.yaml"))
+    found: dict[str, Any] = {"path": str(folder), "total_steps": cfg.steps}
+    if (folder / "metrics.jsonl").is_file():
+        records = read_metrics(folder / "metrics.jsonl")
+        trained = [r for r in records if "train/loss" in r]
+        if trained:
+            last = trained[-1]
+            found |= {k: last[k] for k in ("step", "tokens", "train/loss")}
+        for record in records:  # the newest value of each source wins
+            found |= {k: v for k, v in record.items() if k.startswith("val/")}
+    checkpoints = []
+    for path in step_folders(str(folder / "checkpoints")):
+        try:
+            commit = read_commit(path)
+            if verify:
+                check_contents(commit)
+            checkpoints.append({"step": commit.step, "bytes": commit.n_bytes, "whole": True})
+        except DamagedError as problem:
+            checkpoints.append({"step": Path(path).name, "whole": False, "problem": str(problem)})
+    if checkpoints:
+        found["resumes_from"] = resolve_checkpoint(str(folder))
+    return found | {"verified": verify, "checkpoints": checkpoints}
+
+
+def _inspect_batch(folder: Path, step: int) -> dict[str, Any]:
+    cfg = run.load_run(str(folder / "config.yaml"))
+    dataset = open_dataset(cfg.data.train)
+    stream = TokenStream(dataset, cfg.data.seq_len, cfg.data.seed, cfg.data.shuffle_shards)
+    rows = inspect_step(dataset, stream, step, cfg.global_batch)
+    return {"path": str(folder), "step": step, "rows": rows}

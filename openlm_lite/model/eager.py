@@ -1,0 +1,140 @@
+"""Pieces of the model with a backward pass of their own, for runs without torch.compile.
+
+Eager PyTorch reads and writes memory once per operation, which on a CPU is where a step's time
+goes besides the matrix products. Each function here makes fewer passes than the operations that
+it replaces, and keeps fewer tensors for the backward pass; the formulas are the textbook's.
+`torch.compile` fuses by itself and is given the plain operations (see `layers.py`). Measured by
+`benchmarks/cpu_step.py`.
+
+Shapes: B batch, T position, N heads, H head_dim, G = B*N.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ATTENTION_BLOCK = 128
+"""queries that are multiplied at once with the keys up to theirs; fastest on 1 and on 2 cores"""
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = x r w with r = 1 / sqrt(mean(x^2) + eps), over the last dimension.
+
+    With u = x r: dx = r (w dy - u mean(u w dy)), dw = sum(u dy).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        y = x * r
+        return (y if weight is None else y.mul_(weight)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight, r = ctx.saved_tensors
+        u = x * r
+        dw, du = None, dy
+        if weight is not None:
+            dw = (dy * u).flatten(0, -2).sum(0).to(weight.dtype)
+            du = dy * weight
+        mean = (du * u).mean(-1, keepdim=True)
+        return torch.addcmul(du, u, mean, value=-1).mul_(r).to(x.dtype), dw, None
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary embedding; its gradient is the turn back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TH, sin_TH)
+        return _turn(x_BTNH, cos_TH, sin_TH, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos_TH, sin_TH = ctx.saved_tensors
+        return _turn(grads[0], cos_TH, sin_TH, -1), None, None
+
+
+def _turn(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor, direction: int) -> Tensor:
+    half = x_BTNH.shape[-1] // 2
+    cos, sin = cos_TH[:, None, :half], sin_TH[:, None, :half]
+    x = x_BTNH.float()
+    first, second = x[..., :half], x[..., half:]
+    out = torch.empty_like(x)
+    torch.mul(first, cos, out=out[..., :half])
+    out[..., :half].addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out[..., half:])
+    out[..., half:].addcmul_(first, sin, value=direction)
+    return out.to(x_BTNH.dtype)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping the two inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.silu_backward.default(dy * up, gate)
+        return d_gate, F.silu(gate).mul_(dy)
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal softmax attention on a CPU, a block of queries at a time against the keys before it.
+
+    The blocks are plain matrix products, which a CPU does at twice the speed of the tiled kernel
+    behind `scaled_dot_product_attention`, and nothing above the diagonal blocks is computed. The
+    probabilities are kept for the backward pass: B N T^2 / 2 numbers per layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
+        shape = q_BNTH.shape
+        q, k, v = (t.reshape(-1, *shape[2:]) for t in (q_BNTH * shape[3] ** -0.5, k_BNTH, v_BNTH))
+        out = torch.empty_like(q)
+        kept = []
+        for start, end in _blocks(shape[2]):
+            scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
+            scores[:, :, start:] += torch.full((end - start, end - start), -torch.inf).triu_(1)
+            p = torch.softmax(scores, dim=-1)
+            out[:, start:end] = torch.bmm(p, v[:, :end])
+            kept.append(p)
+        ctx.save_for_backward(q, k, v, out, *kept)
+        return out.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        shape = grads[0].shape
+        d_out = grads[0].reshape(q.shape)
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        # softmax: ds = p (dp - sum(p dp)), and sum(p dp) = sum(out d_out)
+        row_sums = (out * d_out).sum(-1, keepdim=True)
+        for (start, end), p in zip(_blocks(shape[2]), kept, strict=True):
+            d_here = d_out[:, start:end]
+            # not baddbmm_: into a slice it runs one product after the other
+            d_v[:, :end] += torch.bmm(p.transpose(1, 2), d_here)
+            d_s = torch.bmm(d_here, v[:, :end].transpose(1, 2))
+            d_s.sub_(row_sums[:, start:end]).mul_(p)
+            d_q[:, start:end] = torch.bmm(d_s, k[:, :end])
+            d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q[:, start:end])
+        d_q.mul_(shape[3] ** -0.5)
+        return d_q.view(shape), d_k.view(shape), d_v.view(shape)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [
+        (start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)
+    ]
