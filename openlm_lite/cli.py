@@ -229,12 +229,15 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    """A verb's result: one JSON object, or a line per name."""
+    """A verb's result: one JSON object, or a line per (dotted) name."""
+    from openlm_lite.config import flatten
+
     if as_json:
         print(json.dumps(result))
         return
-    width = max(map(len, result), default=0)
-    for name, value in result.items():
+    lines = flatten(result)
+    width = max(map(len, lines), default=0)
+    for name, value in lines.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             print(f"{name}:")
             for row in value:

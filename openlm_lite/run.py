@@ -244,18 +244,28 @@ def parse_model_json(text: str, origin: str) -> ModelConfig:
 
 
 # What a resumed run may change: none of it decides which model comes out (up to rounding).
-MAY_CHANGE_ON_RESUME = ("run.dir", "micro_batch_size", "parallel.", "checkpoint.", "eval.", "log.")
+MAY_CHANGE_ON_RESUME = (
+    "run.dir",
+    "micro_batch_size",
+    "data.train",  # the manifest's checksum decides whether it is the same data
+    "data.val",
+    "data.prefetch_batches",
+    "parallel.",
+    "checkpoint.",
+    "eval.",
+    "log.",
+)
 
 
 def check_same_run(cfg: RunConfig, folder: Path) -> None:
     """Raises InputError if `folder` holds a run with another config, naming the differences."""
-    old = config.flatten(config.parse_yaml((folder / "config.yaml").read_text(), str(folder)))
+    # decoded, so that a field that is newer than the run there has its default
+    old = config.flatten(config.to_plain(load_run(str(folder / "config.yaml"))))
     new = config.flatten(config.to_plain(cfg))
     differing = [
         f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not key.startswith((*MAY_CHANGE_ON_RESUME, "data.prefetch_batches"))
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
     ]
     if differing:
         raise InputError(

@@ -22,15 +22,16 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from openlm_lite import checkpoint, dist, log, metrics, run
+from openlm_lite import checkpoint, dist, log, metrics, run, storage
 from openlm_lite.checkpoint import TrainState
+from openlm_lite.commit import DamagedError, read_commit, step_folders
 from openlm_lite.data.order import ORDER_VERSION
 from openlm_lite.data.stream import (
     Batch,
@@ -69,7 +70,7 @@ def train(cfg: RunConfig) -> int:
     train_set, val_sets = open_data(cfg)
     folder = Path(cfg.run.dir)
     if os.environ.get("RANK", "0") == "0":
-        check_folder(cfg, folder)
+        check_folder(cfg, folder, train_set)
     make_deterministic(cfg)
 
     world = dist.init()
@@ -256,7 +257,12 @@ def make_deterministic(cfg: RunConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def check_folder(cfg: RunConfig, folder: Path) -> None:
+def is_beginning(name: str) -> bool:
+    """What a run that was killed before its config.yaml was there may have left."""
+    return name in ("lock", "log.txt") or (name.startswith(".") and "config.yaml" in name)
+
+
+def check_folder(cfg: RunConfig, folder: Path, train_set: Dataset) -> None:
     """Raises InputError if `folder` is not free for this run."""
     if not folder.exists():
         return
@@ -264,7 +270,10 @@ def check_folder(cfg: RunConfig, folder: Path) -> None:
         raise InputError(f"run.dir: {folder} is a file, not a folder")
     if (folder / "config.yaml").is_file():
         run.check_same_run(cfg, folder)
-    elif others := sorted(p.name for p in folder.iterdir() if p.name not in ("lock", "log.txt")):
+        for path in step_folders(str(folder / "checkpoints"))[:1]:
+            with suppress(DamagedError):  # latest_checkpoint puts it aside, and tries an older one
+                check_same_data(read_commit(path).facts, train_set)
+    elif others := sorted(p.name for p in folder.iterdir() if not is_beginning(p.name)):
         raise InputError(
             f"run.dir: {folder} holds other things ({', '.join(others[:5])}) and no run; "
             "name a new folder"
@@ -279,7 +288,7 @@ def run_folder(cfg: RunConfig, folder: Path, train_set: Dataset, world: World) -
     def claim() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         locks.append(take_lock(folder))
-        write_atomic(folder / "config.yaml", run.resolved_yaml(cfg))
+        storage.write_bytes(str(folder / "config.yaml"), run.resolved_yaml(cfg).encode())
         for name in ("tokenizer.json", "tokenizer_config.json"):
             source = Path(train_set.folder) / name
             if source.is_file():
@@ -312,13 +321,6 @@ def take_lock(folder: Path) -> IO[str]:
     file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
     file.flush()
     return file
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """The whole text or the old file, whatever happens in between."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 class Clock:

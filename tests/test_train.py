@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import torch
 
 from openlm_lite import train as train_module
 from openlm_lite.checkpoint import read_model_weights, resolve_checkpoint
+from openlm_lite.cli import main
 from openlm_lite.log import read_metrics
 from tests.train_server import ROOT, TrainServer
 
@@ -276,3 +278,60 @@ def test_a_run_trains_again_from_its_own_resolved_config(
     done = train_server.train(str(config), f"run.dir={tmp_path / 'r'}", world=2)
     assert done["codes"] == [0, 0]
     assert measured(tmp_path / "r") == measured(reference)
+
+
+def test_a_kill_before_the_config_is_there_does_not_block_the_folder(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    for name in ("lock", "log.txt", ".config.yaml.1234.tmp"):
+        (run / name).write_text("")
+    words = ["total_steps=1", "schedule.warmup_steps=0", "schedule.cooldown_steps=1"]
+    assert train_server.train(str(toy_recipe), f"run.dir={run}", *words)["codes"] == [0]
+
+
+def test_inspect_shows_the_run_its_checkpoints_and_what_a_step_reads(
+    reference: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(reference), "--verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == found["total_steps"] == 12
+    assert [c["step"] for c in found["checkpoints"]] == [12, 8, 4]
+    assert all(c["whole"] for c in found["checkpoints"])
+    assert main(["inspect", found["resumes_from"], "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["next_sample"] == 12 * 8
+    assert main(["inspect", str(reference), "--step", "11", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["sample"] for row in rows] == list(range(88, 96))
+    assert all(row["text"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "nowhere"], "nowhere: found nothing; give a dataset"),
+        (["export", "nowhere", "out"], "nowhere: found nothing, not a folder"),
+        (["generate", "nowhere", "hello"], "nowhere: found nothing, not a folder"),
+        (["plot", "nowhere"], "nowhere/metrics.jsonl: no such file"),
+        (["prepare", "nowhere", "--out", "x", "--train-tokenizer", "300"], "nowhere"),
+    ],
+)
+def test_a_wrong_path_is_one_error_for_every_verb(
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("openlm: ") and message in error and error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_plot_draws_a_run(reference: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "loss.png"
+    assert main(["plot", str(reference), "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
