@@ -1,0 +1,44 @@
+# Two commands for newcomers, each of which sets up what it needs in .venv:
+#   make quickstart   text -> shards -> trained model -> Hugging Face -> text, about 5 minutes
+#   make test         the tests
+# constraints.txt pins torch to a build without CUDA where the package index has one; with a GPU:
+#   make test TORCH=torch        (or TORCH="torch==2.11.0", any version from 2.11 on)
+
+PYTHON ?= python3
+TORCH ?=
+BIN := .venv/bin
+# one install for every group of packages; redone when the project's needs change
+CONSTRAINTS := $(if $(TORCH),.venv/constraints.txt,constraints.txt)
+STAMP = .venv/installed-$(1)
+
+.PHONY: quickstart test slow check clean
+
+quickstart: $(call STAMP,quickstart)
+	examples/quickstart.sh
+
+test: $(call STAMP,dev)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+slow: $(call STAMP,dev)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
+
+check: $(call STAMP,dev)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv runs
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.12 ...'; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/constraints.txt: constraints.txt $(BIN)/python
+	grep -v '^torch==' constraints.txt > $@
+	echo '$(TORCH)' | grep '==' >> $@ || true
+
+.venv/installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
+	@touch $@
