@@ -51,7 +51,7 @@ from openlm_lite.commit import (
     sync_folder,
     write_synced,
 )
-from openlm_lite.errors import InputError
+from openlm_lite.errors import InputError, RunError
 from openlm_lite.safe_dcp import (
     METADATA_NAME,
     Optimizers,
@@ -75,7 +75,7 @@ _FREE_SPACE_FACTOR = 1.2
 T = TypeVar("T")
 
 
-class CheckpointError(Exception):
+class CheckpointError(RunError):
     """Saving (or reading) failed; every rank raises it, and what was committed is as it was."""
 
 

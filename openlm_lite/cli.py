@@ -1,7 +1,8 @@
 """`openlm VERB …`: every verb parses its words and calls one function.
 
 Modules are imported inside the verbs, so that `openlm` itself starts at once.
-Exit codes: 0 done; 2 bad input; 75 stopped on request with a checkpoint saved.
+Exit codes: 0 done; 1 a run failed; 2 bad input; 75 stopped on request with a checkpoint saved
+(torchrun itself answers 1 to every one but 0).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from openlm_lite.errors import InputError
+from openlm_lite.errors import InputError, RelayedError, RunError
 
-BAD_INPUT = 2
+FAILED, BAD_INPUT = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,19 +33,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:
         _report(e)
         return BAD_INPUT
+    except RunError as e:
+        _report(e)
+        return FAILED
     except BrokenPipeError:  # `openlm … | head`
         sys.stderr.close()
         return 0
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as e:
+        _report(InputError(f"{e.filename}: {e.strerror}"))
+        return BAD_INPUT
 
 
-def _report(error: InputError) -> None:
-    """The message on standard error; before the ranks have met, they all found the same."""
+def _report(error: Exception) -> None:
+    """The message on standard error, once: not for what another rank reports."""
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        torch_dist = sys.modules.get("torch.distributed")
-        if torch_dist is None or not torch_dist.is_initialized():
-            return
-    print(f"openlm: {error}", file=sys.stderr, flush=True)
+    our_dist = sys.modules.get("openlm_lite.dist")
+    met = our_dist is not None and our_dist.has_met
+    if isinstance(error, RelayedError) or (rank != "0" and not met):
+        return  # before the ranks have met, they all found the same
+    where = "" if rank == "0" else f"rank {rank}: "
+    print(f"openlm: {where}{error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

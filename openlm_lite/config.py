@@ -60,7 +60,7 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
         return path
     shipped = assets(folder)
     stem = path.name.removesuffix(suffix)
-    if path.parent.name in ("", folder) and (shipped / f"{stem}{suffix}").is_file():
+    if str(path.parent) in (".", folder) and (shipped / f"{stem}{suffix}").is_file():
         return shipped / f"{stem}{suffix}"
     names = sorted(p.stem for p in shipped.glob(f"*{suffix}"))
     close = difflib.get_close_matches(stem, names, n=1)
@@ -68,14 +68,18 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
     raise InputError(f"{name}: no such file, nor one of {folder}/ ({', '.join(names)}){hint}")
 
 
+_NOT_AS_IN_YAML_1_1 = ("bool", "int", "timestamp")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars of YAML 1.2, and no key twice.
 
-    In the YAML 1.1 of PyYAML, 1e-3 is a text and `on`, `off`, `yes`, `no` are booleans.
+    In the YAML 1.1 of PyYAML, 1e-3 is a text, `on`, `off`, `yes`, `no` are booleans, 010 is eight,
+    10:00 is six hundred and 2024-01-01 is a date.
     """
 
     yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in pairs if tag != "tag:yaml.org,2002:bool"]
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in _NOT_AS_IN_YAML_1_1]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -88,6 +92,16 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
+
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node).replace("_", ""), 10)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789")
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -109,7 +123,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     """The plain value of YAML (or JSON) text."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{origin}: not readable as YAML: {' '.join(str(e).split())}") from None
 
 
@@ -157,11 +171,11 @@ def override_tree(words: Sequence[str]) -> Tree:
 
 
 def merge(low: Tree, high: Tree) -> Tree:
-    """`high` wins leaf by leaf; two mappings are merged, anything else is replaced."""
+    """`high` wins leaf by leaf; mappings are merged, but an empty one replaces what was there."""
     merged = dict(low)
     for key, value in high.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
+        if isinstance(old, dict) and isinstance(value, dict) and value:
             merged[key] = merge(old, value)
         else:
             merged[key] = value

@@ -17,9 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from openlm_lite.errors import InputError
+from openlm_lite.errors import InputError, RelayedError
 
 T = TypeVar("T")
+
+
+has_met = False
+"""whether this process has joined (or tried to join) the others: what fails then is its own"""
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,39 @@ class World:
         return self.rank == 0
 
 
-def init(timeout_seconds: float = 600.0) -> World:
+def launched() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun announced them; (0, 1, 0) for a process alone.
+
+    Raises InputError where only a part of the announcement is there.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if len(missing) > 2 and "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 1, 0  # MASTER_ADDR alone stands in many an environment
+    if missing:
+        raise InputError(
+            f"the environment announces a process group without {', '.join(missing)}; start with "
+            "torchrun, or unset " + ", ".join(n for n in names if n in os.environ)
+        )
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names[:3])
+    return rank, world_size, local_rank
+
+
+def init(kind: str = "auto", timeout_seconds: float = 600.0) -> World:
     """Join the process group that torchrun announced, or make a group of one.
+
+    `kind` is cuda, cpu, or auto: CUDA where there is a device.
 
     One backend string serves both kinds of machine: gloo carries CPU tensors (checkpoints,
     decisions) everywhere, NCCL carries CUDA tensors where there is a GPU.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+    rank, world_size, local_rank = launched()
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "run.device = cuda, but torch finds no CUDA device here; look at nvidia-smi and "
+            "`python -c 'import torch; print(torch.version.cuda)'`, or set run.device=cpu"
+        )
+    if kind != "cpu" and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"rank {rank} wants GPU {local_rank}, but this machine shows "
@@ -55,6 +82,8 @@ def init(timeout_seconds: float = 600.0) -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
+    global has_met
+    has_met = True
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
@@ -129,21 +158,32 @@ def on_all_ranks(action: Callable[[], T], error: type[Exception] = RuntimeError)
         raise cause
     texts = dict.fromkeys(text for _, _, text in failures)  # what all ranks say, once
     first, is_input, _ = failures[0]
-    raise (InputError if is_input else error)(f"rank {first} failed: {'; '.join(texts)}") from cause
+    message = f"rank {first} failed: {'; '.join(texts)}"
+    raise (RelayedError if is_input else error)(message) from cause
 
 
 class StopRequest:
     """Remembers that somebody asked this process to stop (SIGTERM, SIGUSR1, Ctrl-C).
 
     The loop asks at each step boundary, agrees with the other ranks, saves and exits with 75.
+    A second Ctrl-C ends the process at once; what is saved by then stays whole.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = False
-        for number in self.SIGNALS:
-            signal.signal(number, self._on_signal)
+        self._before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
 
     def _on_signal(self, number: int, _frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and not self.requested:
+            # not through the logger: a signal may come while it holds its lock
+            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once, unsaved\n")
         self.requested = True
+
+    def release(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -44,13 +44,19 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
+        self._failed = False
         _keep_steps_until(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; whole lines only, so that a kill cuts at most the last one."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as e:  # a full disk must not stop a run whose checkpoints still fit
+            if not self._failed:
+                logger.warning("%s: not written: %s", self.path, e)
+            self._failed = True
 
     def close(self) -> None:
         self._file.close()
@@ -78,7 +84,14 @@ def _keep_steps_until(path: Path, step: int) -> None:
     """Rewrite the file with the records up to `step`: those after it are trained again."""
     if not path.is_file():
         return
-    kept = [r for r in read_metrics(path) if r["step"] <= step]
+    kept = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if record["step"] <= step:
+                kept.append(record)
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s:%d: left out: not a record (cut off by a kill?)", path, number)
     temporary = path.with_suffix(".jsonl.tmp")
     with temporary.open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(record) + "\n" for record in kept)

@@ -38,5 +38,6 @@ def throughput(
     peak = peak_flops(device)
     if peak is not None:
         found["perf/mfu"] = rate * flops_per_token / (world_size * peak)
+    if device.type == "cuda":
         found["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return found

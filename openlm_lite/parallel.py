@@ -63,7 +63,11 @@ def parallelize(model: Transformer, mesh: DeviceMesh, cfg: ParallelConfig) -> No
     if mesh.size() == 1 and cfg.precision == "fp32":
         return  # nothing to shard, nothing to cast: FSDP would only copy (10 % of a step on a CPU)
     policy = MixedPrecisionPolicy(
-        param_dtype=_DTYPES[cfg.precision], reduce_dtype=_DTYPES[cfg.reduce_dtype]
+        param_dtype=_DTYPES[cfg.precision],
+        reduce_dtype=_DTYPES[cfg.reduce_dtype],
+        # A block's inputs are the residual stream, in param_dtype since the embedding, and the
+        # rotary tables, which have to stay fp32.
+        cast_forward_inputs=False,
     )
     for block in model.layers:
         fully_shard(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openlm_lite import config
 from openlm_lite.checkpoint import CheckpointConfig
@@ -29,6 +29,8 @@ class RunSettings:
     """everything that the run writes; the same command on the same folder resumes"""
     seed: int = 0
     """of the initial weights (the order of the data has data.seed)"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: CUDA where there is a device; cuda: an error where there is none"""
     deterministic: bool = False
     """bit-identical repetition on a GPU too, at some cost in speed (a CPU always is)"""
 
@@ -133,7 +135,15 @@ class RunConfig:
 def load_run(source: str, words: Sequence[str] = ()) -> RunConfig:
     """The run of a recipe (path, or name of a shipped one) with `a.b=c` words on top."""
     path = config.find_file(source, "recipes", ".yaml")
-    tree = config.merge(config.load_tree(path), config.override_tree(words))
+    recipe, overrides = config.load_tree(path), config.override_tree(words)
+    written, given = recipe.get("model"), overrides.get("model")
+    base_given = isinstance(given, dict) and "base" in given
+    if base_given and isinstance(written, dict) and written and "base" not in written:
+        raise InputError(
+            f"command line: model.base: {path} names every field of its architecture, and these "
+            "win over a base; set model.… fields, or start from a recipe that has a model.base"
+        )
+    tree = config.merge(recipe, overrides)
     return config.decode(RunConfig, with_base_model(tree))
 
 

@@ -38,7 +38,7 @@ def local_path(path: str) -> str:
         )
     match = _SCHEME.match(path)
     if match is None:
-        return path
+        return os.path.expanduser(path)
     scheme = match.group(1).lower()
     if scheme == "file":
         return path[len("file://") :]

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ from openlm_lite.data.stream import (
     val_batches,
 )
 from openlm_lite.dist import World
-from openlm_lite.errors import InputError
+from openlm_lite.errors import InputError, RunError
 from openlm_lite.eval.loss import validation_loss
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
@@ -55,7 +55,7 @@ DONE, STOPPED = 0, 75
 """exit codes: trained to the end; stopped on request with a checkpoint saved"""
 
 
-class NonFiniteError(Exception):
+class NonFiniteError(RunError):
     """The loss or the gradient is NaN or infinite; the weights were not touched."""
 
 
@@ -65,16 +65,14 @@ def train(cfg: RunConfig) -> int:
     Launched again on the same run.dir it continues from the newest whole checkpoint, and ends
     with the weights of the uninterrupted run.
     """
-    stop = dist.StopRequest()
-    micro_batches = cfg.micro_batches(int(os.environ.get("WORLD_SIZE", "1")))
+    _, world_size, _ = dist.launched()
+    micro_batches = cfg.micro_batches(world_size)
     train_set, val_sets = open_data(cfg)
-    folder = Path(cfg.run.dir)
-    if os.environ.get("RANK", "0") == "0":
-        check_folder(cfg, folder, train_set)
+    folder = Path(cfg.run.dir).expanduser()
     make_deterministic(cfg)
 
-    world = dist.init()
-    with run_folder(cfg, folder, train_set, world):
+    world = dist.init(cfg.run.device)
+    with run_folder(cfg, folder, train_set) as stop:
         mesh = dist.data_parallel_mesh(world)
         model = build_sharded_model(cfg.model, mesh, cfg.parallel, world.device, cfg.run.seed)
         optimizer = build_optimizer(model, cfg.optim)
@@ -131,16 +129,17 @@ def train(cfg: RunConfig) -> int:
             batch = next(batches)
             clock.lap("data")
 
-            loss, stop_wanted = forward_backward(
+            losses, stop_wanted = forward_backward(
                 model, batch, micro_batches, cfg.loss.z_loss, world, stop.requested
             )
             grad_norm = clip_gradients(model, cfg.optim.grad_clip).item()
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            if not (math.isfinite(losses.ce) and math.isfinite(grad_norm)):
                 raise NonFiniteError(
-                    f"step {state.step}: loss {loss}, gradient norm {grad_norm}, samples "
-                    f"{batch.first_index} to {batch.first_index + cfg.global_batch - 1}; nothing "
-                    "was updated. Lower optim.lr, lengthen schedule.warmup_steps or look at "
-                    "these samples (openlm inspect)"
+                    f"step {state.step}: loss {losses.ce}, gradient norm {grad_norm}, samples "
+                    f"{batch.first_index} to {batch.first_index + cfg.global_batch - 1}; this step "
+                    f"updated nothing. `openlm inspect {folder} --step {state.step}` shows the "
+                    "samples; a new run.dir with a lower optim.lr or longer schedule.warmup_steps "
+                    "may get past it"
                 )
             optimizer.step()
             optimizer.zero_grad()
@@ -151,7 +150,7 @@ def train(cfg: RunConfig) -> int:
                 next_sample=batch.first_index + cfg.global_batch,
             )
             clock.lap("step")
-            sinks.step(state, loss, grad_norm, lr, clock)
+            sinks.step(state, losses, grad_norm, lr, clock)
 
             done = state.step == cfg.steps
             if done or every(cfg.eval.every_steps, state.step):
@@ -171,6 +170,14 @@ def every(n: int, step: int) -> bool:
     return n > 0 and step % n == 0
 
 
+class Losses(NamedTuple):
+    """Of one global batch, nats per target."""
+
+    ce: float
+    z: float
+    """the z-loss as it is added: with its coefficient"""
+
+
 def forward_backward(
     model: Transformer,
     batch: Batch,
@@ -178,11 +185,12 @@ def forward_backward(
     z_loss: float,
     world: World,
     stop_requested: bool,
-) -> tuple[float, bool]:
-    """Gradients of one global batch; returns its loss and whether any rank wants to stop.
+) -> tuple[Losses, bool]:
+    """Gradients of one global batch; returns its losses and whether any rank wants to stop.
 
-    The loss is the mean over the targets of all ranks and micro-batches, each token counting
-    once, whatever the split; with a z-loss, plus z_loss times its mean over all positions.
+    What is minimised is the mean over the targets of all ranks and micro-batches, each token
+    counting once, whatever the split; with a z-loss, plus z_loss times its mean over all
+    positions.
     """
     n_positions = batch.targets_BT.numel() * world.world_size
     counts = torch.stack((n_targets_of(batch).float(), torch.tensor(float(stop_requested)))).to(
@@ -192,7 +200,7 @@ def forward_backward(
     n_targets = counts[0]
     z_weight = z_loss * n_targets / n_positions if z_loss else 0.0
 
-    loss = torch.zeros((), device=world.device)
+    found = torch.zeros(2, device=world.device)
     parts = zip(
         batch.tokens_BT.chunk(micro_batches), batch.targets_BT.chunk(micro_batches), strict=True
     )
@@ -205,9 +213,9 @@ def forward_backward(
         )
         # FSDP averages gradients over the ranks, n_targets already counts all of them.
         (sums.total * (world.world_size / n_targets)).backward()
-        loss += sums.total.detach() / n_targets
-    torch.distributed.all_reduce(loss)
-    return loss.item(), bool(counts[1] > 0)
+        found += torch.stack((sums.ce / n_targets, z_weight * sums.z / n_targets))
+    torch.distributed.all_reduce(found)
+    return Losses(*found.tolist()), bool(counts[1] > 0)
 
 
 def n_targets_of(batch: Batch) -> Tensor:
@@ -268,8 +276,11 @@ def check_folder(cfg: RunConfig, folder: Path, train_set: Dataset) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"run.dir: {folder} is a file, not a folder")
+    metrics_file = folder / "metrics.jsonl"
+    started = metrics_file.is_file() and metrics_file.stat().st_size > 0
     if (folder / "config.yaml").is_file():
-        run.check_same_run(cfg, folder)
+        if started:
+            run.check_same_run(cfg, folder)
         for path in step_folders(str(folder / "checkpoints"))[:1]:
             with suppress(DamagedError):  # latest_checkpoint puts it aside, and tries an older one
                 check_same_data(read_commit(path).facts, train_set)
@@ -281,13 +292,18 @@ def check_folder(cfg: RunConfig, folder: Path, train_set: Dataset) -> None:
 
 
 @contextmanager
-def run_folder(cfg: RunConfig, folder: Path, train_set: Dataset, world: World) -> Iterator[None]:
-    """The folder made, locked and described by rank 0; let go of at the end."""
+def run_folder(cfg: RunConfig, folder: Path, train_set: Dataset) -> Iterator[dist.StopRequest]:
+    """The folder made, locked and described by rank 0; let go of, with the group, at the end."""
     locks: list[IO[str]] = []
 
     def claim() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        locks.append(take_lock(folder))
+        check_folder(cfg, folder, train_set)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.append(take_lock(folder))
+        except OSError as e:
+            raise InputError(f"run.dir: {folder} cannot be used: {e.strerror}") from None
+        check_folder(cfg, folder, train_set)  # again: another run may have been quicker
         storage.write_bytes(str(folder / "config.yaml"), run.resolved_yaml(cfg).encode())
         for name in ("tokenizer.json", "tokenizer_config.json"):
             source = Path(train_set.folder) / name
@@ -295,10 +311,18 @@ def run_folder(cfg: RunConfig, folder: Path, train_set: Dataset, world: World) -
                 shutil.copyfile(source, folder / name)
         log.setup_console(folder / "log.txt")
 
-    dist.on_main(claim)
+    stop = None
     try:
-        yield
+        dist.on_main(claim)
+        stop = dist.StopRequest()
+        yield stop
+    except Exception as e:
+        if locks:
+            log.logger.error("ended by %s: %s", type(e).__name__, e)
+        raise
     finally:
+        if stop is not None:
+            stop.release()
         log.close_console()
         for lock in locks:
             lock.close()
@@ -310,12 +334,18 @@ def take_lock(folder: Path) -> IO[str]:
     file = (folder / "lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         owner = file.read().strip()
         file.close()
         raise InputError(
             f"run.dir: {folder} is in use by another run ({owner}); stop it or use another folder"
+        ) from None
+    except OSError as e:
+        file.close()
+        raise InputError(
+            f"run.dir: {folder} cannot be locked ({e.strerror}); use a file system that has flock "
+            "(Lustre: mounted with -o flock)"
         ) from None
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
@@ -368,7 +398,7 @@ class Sinks:
             self.say(f"resuming {cfg.run.dir}")
 
     def step(
-        self, state: TrainState, loss: float, grad_norm: float, lr: float, clock: Clock
+        self, state: TrainState, losses: Losses, grad_norm: float, lr: float, clock: Clock
     ) -> None:
         """One record for the file; at intervals one line for people."""
         if self.file is None:
@@ -376,7 +406,7 @@ class Sinks:
         record = {
             "step": state.step,
             "tokens": state.tokens,
-            "train/loss": loss,
+            "train/loss": losses.ce,
             "train/grad_norm": grad_norm,
             "train/lr": lr,
             **metrics.throughput(
@@ -388,6 +418,8 @@ class Sinks:
             ),
             "perf/data_wait": clock.laps["data"],
         }
+        if self.cfg.loss.z_loss:
+            record["train/z_loss"] = losses.z
         self.file.write(record)
         # a moving average over about ten steps, for a calm estimate of the time left
         weight = 0.1 if self.seconds_per_step else 1.0

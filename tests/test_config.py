@@ -76,6 +76,19 @@ def test_numbers_are_read_as_people_write_them() -> None:
     assert decode("{width: 1_000, room: {lr: 3e-4}}").room.lr == 3e-4
 
 
+def test_scalars_are_those_of_yaml_1_2() -> None:
+    assert decode("{width: 0300}").width == 300
+    house = decode("{width: 1}", "paths.a=2024-01-01", "paths.b=10:00", "paths.c=on")
+    assert house.paths == {"a": "2024-01-01", "b": "10:00", "c": "on"}
+    with pytest.raises(ConfigError, match="width: expected a whole number, got '10:00'"):
+        decode("{width: 10:00}")
+
+
+def test_an_empty_mapping_replaces() -> None:
+    assert decode("{width: 1, paths: {a: x}}", "paths={}").paths == {}
+    assert decode("{width: 1, paths: {a: x}}", "paths.b=y").paths == {"a": "x", "b": "y"}
+
+
 def test_all_mistakes_are_reported_at_once_with_their_places() -> None:
     text = "{room: {lerning_rate: 3, name: cosin, on: 1, limit: x}, wdth: 5}"
     with pytest.raises(ConfigError) as caught:
@@ -113,6 +126,7 @@ def test_a_rule_of_a_dataclass_names_the_file() -> None:
     [
         ("{width: 1, width: 2}", "the key 'width' stands twice"),
         ("{width: [}", "not readable as YAML"),
+        ("{[1]: 2}", "not readable as YAML"),
         ("!!python/object/apply:os.system ['true']", "not readable as YAML"),
     ],
 )
@@ -144,3 +158,5 @@ def test_files_are_found_by_path_and_by_shipped_name(tmp_path: Path) -> None:
         config.find_file("quikstart", "recipes", ".yaml")
     with pytest.raises(InputError, match="no such file"):
         config.find_file(str(tmp_path / "quickstart.yaml"), "recipes", ".yaml")
+    with pytest.raises(InputError, match="no such file"):
+        config.find_file(str(tmp_path / "recipes" / "quickstart.yaml"), "recipes", ".yaml")

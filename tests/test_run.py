@@ -11,6 +11,7 @@ import pytest
 
 from openlm_lite import config
 from openlm_lite.cli import main
+from openlm_lite.errors import InputError
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.optim.schedule import lr_at
 from openlm_lite.run import derived, load_model, load_run, parse_model_json
@@ -54,6 +55,13 @@ def test_overrides_of_an_architecture_keep_the_rest() -> None:
         load_run("quickstart", ["model.n_layers=1"]),
     )
     assert changed.model == dataclasses.replace(base, n_layers=1)
+
+
+def test_a_base_for_a_resolved_recipe_is_refused(tmp_path: Path) -> None:
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(config.dump_yaml(load_run("quickstart")))
+    with pytest.raises(InputError, match="names every field of its architecture"):
+        load_run(str(resolved), ["model.base=dclm_1b"])
 
 
 def test_config_prints_yaml_that_loads_and_derived_values(
@@ -104,6 +112,7 @@ def test_two_misspelt_keys_are_both_named_with_the_right_ones(
         (["config", "quickstart", "model=quickstart"], "must be a mapping; write"),
         (["config", "quickstart", "model.base=dclm_1x"], "did you mean dclm_1b"),
         (["config", "model.base=dclm_1b", "optim.lr=3"], "without a recipe only model"),
+        (["config", "quickstart", "--schedule", "/proc/no/x.csv"], "/proc/no/x.csv: No such file"),
         (["config", "quickstart", "--gpus", "0"], "--gpus 0: must be at least 1"),
         (["config", "model.base=dclm_1b", "--schedule", "x.csv"], "--schedule needs a recipe"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,19 @@ def test_resume_on_fewer_ranks_keeps_the_batches_and_the_losses(
     assert losses(tmp_path / "r") == pytest.approx(losses(reference), rel=1e-6)
 
 
+def test_a_resumed_run_may_move_its_data_and_change_its_validation(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
+) -> None:
+    run, data = tmp_path / "r", tmp_path / "moved"
+    words = [str(toy_recipe), f"run.dir={run}"]
+    events = count_events(train_server, toy_recipe, tmp_path / "count")
+    train_server.train(*words, world=2, kill=(0, events[0] * 2 // 3))
+    data.symlink_to(toy_recipe.parent / "data" / "train")
+    done = train_server.train(*words, f"data.train={data}", "data.val={}", world=2)
+    assert done["codes"] == [0, 0]
+    assert losses(run) == losses(reference)
+
+
 def test_a_finished_run_is_left_as_it_is(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
@@ -201,7 +215,8 @@ def test_a_non_finite_loss_never_reaches_the_weights(
     words = [str(toy_recipe), f"run.dir={run}", "optim.lr=1e30", "schedule.warmup_steps=0"]
     codes = train_server.train(*words, "checkpoint.every_steps=1", world=2, log=log)["codes"]
     assert 0 not in codes
-    assert "NonFiniteError: step " in log.read_text()
+    assert "openlm: step " in log.read_text() and "Traceback" not in log.read_text()
+    assert "ended by NonFiniteError: step " in (run / "log.txt").read_text()
     assert all(w.isfinite().all() for w in final_weights(run).values())
 
 
@@ -222,6 +237,8 @@ def test_a_non_finite_loss_never_reaches_the_weights(
         (["total_tokens=5000"], "give total_tokens or total_steps, one of them"),
         (["optim.lr=fast"], "optim.lr: expected a number, got 'fast'"),
         (["nonsense"], "'nonsense' is not of the form name=value"),
+        (["data.shuffle_shards=0"], "shuffle_shards = 0, must be at least 1"),
+        (["run.device=cuda"], "run.device = cuda, but torch finds no CUDA device here"),
     ],
 )
 def test_bad_input_is_one_error_and_writes_nothing(
@@ -235,13 +252,39 @@ def test_bad_input_is_one_error_and_writes_nothing(
     assert not (tmp_path / "r").exists()
 
 
+def test_a_run_dir_that_cannot_be_made_is_one_error(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.txt"
+    done = train_server.train(str(toy_recipe), "run.dir=/proc/foo/bar", world=2, log=log)
+    assert done["codes"] == [2, 2]
+    assert log.read_text().startswith("openlm: run.dir: /proc/foo/bar cannot be used")
+    assert log.read_text().count("\n") == 1
+
+
+def test_a_bad_shard_on_one_rank_is_reported_by_that_rank(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(toy_recipe.parent / "data" / "train", data)
+    for shard in data.glob("*.tar"):
+        content = bytearray(shard.read_bytes())
+        content[3000] ^= 1
+        shard.write_bytes(content)
+    log = tmp_path / "log.txt"
+    words = [str(toy_recipe), f"run.dir={tmp_path / 'r'}", f"data.train={data}", "data.val={}"]
+    codes = train_server.train(*words, world=2, log=log)["codes"]
+    assert 2 in codes and 0 not in codes
+    assert "shard-00000" in log.read_text() and "crc32" in log.read_text()
+
+
 def test_the_folder_of_another_run_is_refused_and_untouched(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
 ) -> None:
     log = tmp_path / "log.txt"
     before = {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
     words = [str(toy_recipe), f"run.dir={reference}", "model.n_layers=3", "optim.lr=1e-3"]
-    assert train_server.train(*words, world=2, log=log)["codes"][0] == 2
+    assert train_server.train(*words, world=2, log=log)["codes"] == [2, 2]
     text = log.read_text()
     assert text.count("holds a run with another configuration") == 1
     assert "model.n_layers: 2 there, 3 now" in text and "optim.lr: 0.005 there, 0.001 now" in text

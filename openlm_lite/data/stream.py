@@ -47,6 +47,16 @@ class DataConfig:
     shuffle_shards: int = 16  # rows are shuffled within windows of this many shards
     prefetch_batches: int = 4  # read ahead in a background thread; 0 = read when asked
 
+    def __post_init__(self) -> None:
+        problems = []
+        for name, least in (("seq_len", 1), ("seed", 0), ("shuffle_shards", 1)):
+            if getattr(self, name) < least:
+                problems.append(f"{name} = {getattr(self, name)}, must be at least {least}")
+        if self.prefetch_batches < 0:
+            problems.append(f"prefetch_batches = {self.prefetch_batches}, must not be negative")
+        if problems:
+            raise InputError("data: " + "; ".join(problems))
+
 
 class Batch(NamedTuple):
     """This rank's part of one optimizer step (or of one validation batch)."""

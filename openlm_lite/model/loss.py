@@ -67,7 +67,11 @@ def linear_cross_entropy(
     z-loss joins in (PaLM, arXiv:2204.02311, section 5).
     """
     chunk = chunk_tokens or default_chunk_tokens(weight_VD.shape[0], hidden_ND.device)
-    total, ce, z = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, z_weight, chunk)
+    # grad mode is always off inside a Function's forward, so it is asked here
+    needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    total, ce, z = _LinearCrossEntropy.apply(
+        hidden_ND, weight_VD, targets_N, z_weight, chunk, needs_grad
+    )
     return LossSums(total, ce, z, (targets_N != IGNORE_INDEX).sum())
 
 
@@ -86,9 +90,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         z_weight: float | Tensor,
         chunk: int,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         has_z = isinstance(z_weight, Tensor) or z_weight != 0.0
-        needs_grad = hidden.requires_grad or weight.requires_grad
         ce = hidden.new_zeros((), dtype=torch.float32)
         z = hidden.new_zeros((), dtype=torch.float32)
         grad_h = torch.empty_like(hidden) if needs_grad else None
@@ -115,13 +119,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p *= keep + 2.0 * z_weight * lse
                 d_logits = p.scatter_add_(1, index, -keep).to(h.dtype)
                 grad_h[rows] = d_logits @ weight
-                grad_w.addmm_(d_logits.t().to(grad_w.dtype), h.to(grad_w.dtype))
+                _add_product(grad_w, d_logits, h)
             else:
                 # without z-loss an ignored row is all zero: cheaper to blank it in [N, D]
                 d_logits = p.scatter_add_(1, index, torch.full_like(keep, -1.0)).to(h.dtype)
                 grad_h[rows] = (d_logits @ weight) * keep.to(h.dtype)
-                h_kept = (h * keep.to(h.dtype)).to(grad_w.dtype)
-                grad_w.addmm_(d_logits.t().to(grad_w.dtype), h_kept)
+                _add_product(grad_w, d_logits, h * keep.to(h.dtype))
         if grad_h is not None and grad_w is not None:
             ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
         ctx.mark_non_differentiable(ce, z)
@@ -134,7 +137,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             (grad_h * scale).to(grad_h.dtype),
             (grad_w * scale).to(grad_w.dtype),
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
+
+
+def _add_product(grad_VD: Tensor, d_logits_NV: Tensor, h_ND: Tensor) -> None:
+    """grad += d_logits^T h, the product in its own dtype (tensor cores), the sum in fp32."""
+    if h_ND.dtype == grad_VD.dtype:
+        grad_VD.addmm_(d_logits_NV.t(), h_ND)
+    else:
+        grad_VD += d_logits_NV.t() @ h_ND

@@ -61,9 +61,11 @@ class _Largest(TorchDispatchMode):
     """Remembers the largest tensor that any operation made."""
 
     elements = 0
+    products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
+        self.products += "mm" in str(func)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())
@@ -84,8 +86,9 @@ def test_all_logits_never_exist_at_once(z_weight: float) -> None:
 
 def test_evaluation_takes_no_gradient() -> None:
     h, w = torch.randn(6, 4), torch.randn(9, 4, requires_grad=True)
-    with torch.no_grad():
+    with torch.no_grad(), _Largest() as largest:
         sums = linear_cross_entropy(h, w, torch.arange(6))
+    assert largest.products == 1  # the logits: no gradient of the head is computed
     assert not sums.total.requires_grad
     expected = F.cross_entropy(h @ w.t(), torch.arange(6), reduction="sum")
     torch.testing.assert_close(sums.ce, expected.detach())

@@ -110,6 +110,26 @@ def test_bf16_rotary_angles_are_exact() -> None:
     assert (sin[0, 64:].double() - exact.sin()).abs().max() < 1e-3
 
 
+def test_rotary_tables_stay_fp32_under_bf16_training() -> None:
+    from openlm_lite import dist
+    from openlm_lite.parallel import ParallelConfig, build_sharded_model
+
+    world = dist.init()
+    try:
+        mesh = dist.data_parallel_mesh(world)
+        model = build_sharded_model(TINY, mesh, ParallelConfig(precision="bf16"), world.device, 0)
+        seen: list[torch.dtype] = []
+        attention = model.layers[0].attention
+        attention.register_forward_pre_hook(
+            lambda _module, args: seen.extend(t.dtype for t in args[:3])
+        )
+        tokens = torch.zeros(1, 8, dtype=torch.long)
+        model(tokens, tokens).total.backward()
+    finally:
+        dist.close()
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+
+
 def test_too_many_positions_are_refused() -> None:
     with pytest.raises(InputError, match="33 positions are longer than max_seq_len = 32"):
         build(TINY)(torch.zeros(1, 33, dtype=torch.long))
