@@ -16,6 +16,7 @@ from pathlib import Path
 # tests, tables of character codes, and what is installed beside the library
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "turtledemo"}
 SKIPPED_FOLDERS |= {"site-packages", "dist-packages", "__pycache__"}
+SKIPPED_FILES = {"entities.py", "stringprep.py", "locale.py"}  # tables too
 
 
 def main(out: str) -> None:
@@ -23,7 +24,8 @@ def main(out: str) -> None:
     documents = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if SKIPPED_FOLDERS.isdisjoint(name.parts):
+        skipped = name.name in SKIPPED_FILES or name.name.startswith("_sysconfigdata")
+        if not skipped and SKIPPED_FOLDERS.isdisjoint(name.parts):
             documents[str(name)] = path.read_text(encoding="utf-8", errors="ignore")
     try:
         from pydoc_data.topics import topics

@@ -130,8 +130,7 @@ def save_checkpoint(
         if dist.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if dist.rank() == 0:
-        _delete_old(root, cfg)
+    _on_main(lambda: _delete_old(root, cfg))  # nobody leaves while it lasts
     return final
 
 
