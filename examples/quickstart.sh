@@ -14,5 +14,6 @@ say openlm prepare runs/stdlib.jsonl --out runs/quickstart-data \
 say torchrun --standalone --nproc-per-node 2 train.py recipes/quickstart.yaml
 say openlm plot runs/quickstart
 [ -d runs/quickstart/hf ] || say openlm export runs/quickstart runs/quickstart/hf
-say python examples/generate_with_transformers.py runs/quickstart/hf "def __init__(self, "
+say python examples/generate_with_transformers.py runs/quickstart/hf 'def __init__(self, name):
+    """'
 python examples/quickstart_summary.py runs/quickstart
