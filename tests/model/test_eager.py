@@ -83,6 +83,7 @@ def test_causal_attention(length: int, heads: int, width: int, block: int) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile warns about its own inner workings
 def test_a_compiled_model_has_the_losses_of_the_eager_one() -> None:
     from openlm_lite.model.init import init_weights
     from openlm_lite.model.transformer import Transformer
