@@ -48,7 +48,6 @@ from openlm_lite.commit import (
     step_folder_name,
     step_folders,
     step_of_folder,
-    sync_folder,
     write_synced,
 )
 from openlm_lite.errors import InputError, RunError
@@ -65,6 +64,7 @@ from openlm_lite.safe_dcp import (
     read_tensors,
     write_tensors,
 )
+from openlm_lite.storage import sync_folder
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openlm_lite.errors import InputError
+from openlm_lite.storage import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -227,15 +228,6 @@ def write_synced(path: str, text: str) -> None:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(path: str) -> None:
-    """Wait until the names in the folder `path` are on the disk (POSIX asks for this apart)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def quarantine(path: str, problem: object) -> None:

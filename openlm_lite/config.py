@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 import types
@@ -419,19 +418,3 @@ def _all_paths(cls: type, path: str = "") -> list[str]:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             paths += _all_paths(hint, at)
     return paths
-
-
-def plain_tree(tree: Tree) -> dict[str, Any]:
-    """The tree without its origins."""
-    return {
-        key: node.value if isinstance(node, Value) else plain_tree(node)
-        for key, node in tree.items()
-    }
-
-
-def load_json(path: Path) -> Any:
-    """A JSON file, or one clear error."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON: {e}") from None
