@@ -217,8 +217,8 @@ def memory_bytes(cfg: RunConfig, gpus: int) -> int:
     States: 16 bytes per parameter (fp32 weight, gradient, two Adam moments), sharded over the
     GPUs. Gathered: the weights of two blocks and of the unsharded tables, and their gradients, in
     the compute dtype. Activations per token and block: what the backward pass needs, 6 D for the
-    residual stream and norms, 3 N H + 4 K H for attention, 4 F for the gated network. Loss: one
-    chunk of logits (fp32 twice) and the fp32 gradient of the head.
+    residual stream and norms, 3 N H + 4 K H for attention, 4 F for a gated network (2 F without
+    gate). Loss: one chunk of logits (fp32 twice) and the fp32 gradient of the head.
     """
     model, bytes_each = cfg.model, 4 if cfg.parallel.precision == "fp32" else 2
     states = 16 * model.n_params // gpus
@@ -226,7 +226,8 @@ def memory_bytes(cfg: RunConfig, gpus: int) -> int:
     tables = model.n_params - model.n_block_matrix_params
     gathered = 2 * bytes_each * (2 * block + tables)
     tokens = cfg.micro_batch_size * cfg.data.seq_len
-    width = 6 * model.d_model + 3 * model.q_width + 4 * model.kv_width + 4 * model.d_ff
+    ffn = (4 if model.is_gated else 2) * model.d_ff
+    width = 6 * model.d_model + 3 * model.q_width + 4 * model.kv_width + ffn
     if cfg.parallel.activation_checkpointing:
         activations = bytes_each * tokens * (model.n_layers * model.d_model + width)
     else:

@@ -20,6 +20,18 @@ _NORMS: dict[str, dict[str, Any]] = {
     "rms_norm": {"norm": "rms_norm", "norm_gain": True, "norm_bias": False},
 }
 
+_RENAMED = {
+    "out_proj": "wo",
+    "w3": "w_down",
+    "_ff_w1": "feed_forward.w_up",
+    "_ff_w2": "feed_forward.w_down",
+}
+_POSITIONS: dict[str, dict[str, Any]] = {
+    "rotary": {"positions": "rope"},
+    "llama_rotary": {"positions": "rope", "rope_style": "interleaved"},
+    "head_rotary": {"positions": "none"},
+}
+
 
 def facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
@@ -40,6 +52,8 @@ def model_config(folder: Path) -> ModelConfig:
         norm_eps=found["norm_eps"],
         qk_norm="full" if theirs["qk_norm"] else "none",
         tie_embeddings=theirs["weight_tying"],
+        activation="gelu" if theirs["ffn_type"] == "gelu" else "swiglu",
+        **_POSITIONS[theirs["positional_embedding_type"]],
         **_NORMS[theirs["model_norm"]],
     )
 
@@ -48,8 +62,8 @@ def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """OpenLM keeps q, k, v in one matrix, and gate and up in another."""
     ours: dict[str, Tensor] = {}
     for name, tensor in theirs.items():
-        if name.endswith("inv_freq"):
-            continue
+        if name.endswith("inv_freq") or ".feed_forward.0." in name or ".feed_forward.2." in name:
+            continue  # the second pair of names is the first one's: OpenLM saves GELU weights twice
         name = name.replace("tok_embeddings", "embedding")
         if "in_proj" in name:
             for part, rows in zip(("wq", "wk", "wv"), tensor.chunk(3), strict=True):
@@ -58,7 +72,10 @@ def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
             for part, rows in zip(("w_gate", "w_up"), tensor.chunk(2), strict=True):
                 ours[name.replace("w12", part)] = rows
         else:
-            ours[name.replace("out_proj", "wo").replace("w3", "w_down")] = tensor
+            for old, new in _RENAMED.items():
+                name = name.replace(old, new)
+            ours[name] = tensor
+
     return ours
 
 

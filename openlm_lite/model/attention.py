@@ -1,4 +1,4 @@
-"""Causal grouped-query attention, and the cache of keys and values for generation.
+"""Causal grouped-query attention, its mask, and the cache of keys and values for generation.
 
 Shapes: B batch, T position, S all positions seen, N query heads, K kv heads, H head_dim.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from openlm_lite.errors import InputError
 from openlm_lite.model import eager
 from openlm_lite.model.config import ModelConfig
-from openlm_lite.model.layers import Norm, apply_rope
+from openlm_lite.model.layers import Norm, alibi_slopes, apply_rope
 
 
 class KVCache:
@@ -45,14 +45,17 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
-def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_TS: Tensor | None) -> Tensor:
-    """Softmax attention, causal where no mask is given; N is a multiple of K."""
+def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention, causal where no mask is given; N is a multiple of K.
+
+    A mask is boolean [T, S], or [N, T, S] and added to the scores.
+    """
     grouped = k_BKSH.shape[1] != q_BNTH.shape[1]
     on_cpu = q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.float32
-    if mask_TS is None and on_cpu and q_BNTH.requires_grad:
+    if mask is None and on_cpu and q_BNTH.requires_grad:
         return _train_on_cpu(q_BNTH, k_BKSH, v_BKSH)  # pyright: ignore[reportCallIssue]
     return F.scaled_dot_product_attention(
-        q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_TS, is_causal=mask_TS is None, enable_gqa=grouped
+        q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
 
 
@@ -64,26 +67,51 @@ def _train_on_cpu(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
     return eager.CausalAttention.apply(q_BNTH, k_BKTH, v_BKTH)
 
 
-class Attention(nn.Module):
-    r"""softmax(Q K^T / sqrt(H) + causal mask) V, with N query heads on K key/value heads.
+def causal_mask(
+    cfg: ModelConfig, start: int, T: int, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """The mask of T positions after `start` cached ones, for `attend`; None: plainly causal.
 
-    The mask of T = 4 new positions after 2 cached ones (x: seen)::
+    T = 4 after 2 (x: seen)::
 
              S 0 1 2 3 4 5
         T 0    x x x
           1    x x x x
           2    x x x x x
           3    x x x x x x
+
+    With ALiBi it is [N, T, S] in `dtype`: -slope * distance where seen, else -inf.
+    """
+    if cfg.positions != "alibi" and start == 0:
+        return None
+    S = start + T
+    seen_TS = torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=start)
+    if cfg.positions != "alibi":
+        return seen_TS
+    slopes_N = torch.tensor(alibi_slopes(cfg.n_heads, cfg.alibi_bias_max), device=device)
+    query_T, key_S = torch.arange(start, S, device=device), torch.arange(S, device=device)
+    distance_TS = (query_T[:, None] - key_S).float().masked_fill(~seen_TS, torch.inf)
+    return (-slopes_N[:, None, None] * distance_TS).to(dtype)
+
+
+class Attention(nn.Module):
+    """softmax(Q K^T / sqrt(H) + mask) V, with N query heads on K key/value heads.
+
+    Between projection and heads: qk-norm over all heads, then clip_qkv; on the heads: qk-norm of
+    each, then rotary embedding.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.n_heads, self.n_kv_heads, self.head_dim = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-        self.wq = nn.Linear(cfg.d_model, cfg.q_width, bias=False)
-        self.wk = nn.Linear(cfg.d_model, cfg.kv_width, bias=False)
-        self.wv = nn.Linear(cfg.d_model, cfg.kv_width, bias=False)
-        self.wo = nn.Linear(cfg.q_width, cfg.d_model, bias=False)
+        qkv_bias = cfg.attn_bias != "none"
+        self.wq = nn.Linear(cfg.d_model, cfg.q_width, bias=qkv_bias)
+        self.wk = nn.Linear(cfg.d_model, cfg.kv_width, bias=qkv_bias)
+        self.wv = nn.Linear(cfg.d_model, cfg.kv_width, bias=qkv_bias)
+        self.wo = nn.Linear(cfg.q_width, cfg.d_model, bias=cfg.attn_bias == "all")
+        self.clip_qkv = cfg.clip_qkv
+        self.interleaved = cfg.rope_style == "interleaved"
         self.qk_norm = cfg.qk_norm
         if cfg.qk_norm != "none":
             per_head = cfg.qk_norm == "per_head"
@@ -91,26 +119,29 @@ class Attention(nn.Module):
             self.k_norm = Norm(cfg, cfg.head_dim if per_head else cfg.kv_width)
 
     def forward(
-        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KVCache | None = None
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         q, k, v = self.wq(x_BTD), self.wk(x_BTD), self.wv(x_BTD)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip_qkv is not None:
+            q, k, v = (t.clamp(-self.clip_qkv, self.clip_qkv) for t in (q, k, v))
         q_BTNH = q.view(B, T, self.n_heads, self.head_dim)
         k_BTKH = k.view(B, T, self.n_kv_heads, self.head_dim)
         v_BTKH = v.view(B, T, self.n_kv_heads, self.head_dim)
         if self.qk_norm == "per_head":
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH = apply_rope(q_BTNH, cos_TH, sin_TH)
-        k_BTKH = apply_rope(k_BTKH, cos_TH, sin_TH)
+        if rope is not None:
+            q_BTNH = apply_rope(q_BTNH, *rope, self.interleaved)
+            k_BTKH = apply_rope(k_BTKH, *rope, self.interleaved)
 
         q_BNTH, k_BKSH, v_BKSH = (t.transpose(1, 2) for t in (q_BTNH, k_BTKH, v_BTKH))
-        mask_TS = None
         if cache is not None:
-            start = cache.length
             k_BKSH, v_BKSH = cache.extend(self.layer, k_BKSH, v_BKSH)
-            S = k_BKSH.shape[2]
-            mask_TS = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=start)
-        y_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask_TS)
+        y_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask)
         return self.wo(y_BNTH.transpose(1, 2).reshape(B, T, -1))

@@ -1,6 +1,7 @@
-"""Norms, rotary embedding and the gated feed-forward network.
+"""Norms, rotary embedding, ALiBi's slopes and the feed-forward network.
 
-Shapes: B batch, T position, D d_model, F d_ff, N query heads, K kv heads, H head_dim.
+Shapes: B batch, T position, D d_model, F d_ff, N query heads, K kv heads, H head_dim,
+R rotary_dim (the features of a head that are turned).
 """
 
 from __future__ import annotations
@@ -34,41 +35,73 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
-def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * theta^(-2i/H), each [T, H], in fp32 (arXiv:2104.09864).
+def rope_tables(positions_T: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * theta^(-2i/R), each [T, R], in fp32 (arXiv:2104.09864).
 
-    The H/2 frequencies stand twice, for the two halves that `apply_rope` pairs. The tables are
+    The R/2 frequencies stand twice, for the two halves that `apply_rope` pairs. The tables are
     computed in the forward pass and stay fp32 under bf16: a bf16 frequency is off by radians at
-    position 2,000.
+    position 2,000 (`rope_freq_dtype` = bf16 rounds them all the same).
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
-    frequencies = 1.0 / theta ** (exponents / head_dim)
+    exponents = torch.arange(0, cfg.rotary_dim, 2, device=positions_T.device, dtype=torch.float32)
+    frequencies = 1.0 / cfg.rope_theta ** (exponents / cfg.rotary_dim)
+    if cfg.rope_freq_dtype == "bf16":
+        frequencies = frequencies.bfloat16().float()
     angles = torch.outer(positions_T.float(), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """Turn feature i and i + H/2 of each head by the angle of its position (GPT-NeoX pairing)."""
+def apply_rope(x_BTNH: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
+    """Turn the first R features of each head by the angle of their position; the rest stays.
+
+    Feature i pairs with i + R/2 (GPT-NeoX). `interleaved` pairs 2i with 2i + 1 (GPT-J): the
+    features are put in the other order first and stay there, which queries and keys share, so
+    that their products are the same.
+    """
+    R = cos_TR.shape[-1]
+    if x_BTNH.shape[-1] > R:
+        turned = apply_rope(x_BTNH[..., :R], cos_TR, sin_TR, interleaved)
+        return torch.cat((turned, x_BTNH[..., R:]), dim=-1)
+    if interleaved:
+        x_BTNH = torch.cat((x_BTNH[..., 0::2], x_BTNH[..., 1::2]), dim=-1)
     if not torch.compiler.is_compiling():
-        return eager.Rotate.apply(x_BTNH, cos_TH, sin_TH)
+        return eager.Rotate.apply(x_BTNH, cos_TR, sin_TR)
     first, second = x_BTNH.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    cos, sin = cos_TH.unsqueeze(1), sin_TH.unsqueeze(1)  # the same for every head
+    cos, sin = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)  # the same for every head
     return (x_BTNH.float() * cos + turned * sin).to(x_BTNH.dtype)
 
 
+def alibi_slopes(n_heads: int, bias_max: float) -> list[float]:
+    """What each head subtracts from a score per position of distance (arXiv:2108.12409).
+
+    2^(-bias_max n / N) for n = 1 … N, where N is the number of heads if that is a power of two;
+    else N is the next power, and every second slope is taken first.
+    """
+    n = 1 << (n_heads - 1).bit_length()
+    slopes = [2.0 ** (-bias_max * i / n) for i in range(1, n + 1)]
+    return slopes if n == n_heads else (slopes[1::2] + slopes[::2])[:n_heads]
+
+
 class FeedForward(nn.Module):
-    """SwiGLU: w_down(silu(w_gate x) * w_up x) (arXiv:2002.05202)."""
+    """w_down(act(w_gate x) * w_up x) (arXiv:2002.05202), or without gate w_down(act(w_up x))."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.w_gate = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.w_up = nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-        self.w_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+        self.activation = cfg.activation
+        if cfg.is_gated:
+            self.w_gate = nn.Linear(cfg.d_model, cfg.d_ff, bias=cfg.mlp_bias)
+        self.w_up = nn.Linear(cfg.d_model, cfg.d_ff, bias=cfg.mlp_bias)
+        self.w_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=cfg.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate, up = self.w_gate(x_BTD), self.w_up(x_BTD)
+        up = self.w_up(x_BTD)
+        approximate = "tanh" if self.activation.endswith("tanh") else "none"
+        if self.activation in ("gelu", "gelu_tanh"):
+            return self.w_down(F.gelu(up, approximate=approximate))
+        gate = self.w_gate(x_BTD)
+        if self.activation != "swiglu":
+            return self.w_down(F.gelu(gate, approximate=approximate) * up)
         if torch.compiler.is_compiling():
             return self.w_down(F.silu(gate) * up)
         return self.w_down(eager.SwiGLU.apply(gate, up))

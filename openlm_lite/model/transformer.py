@@ -9,31 +9,55 @@ import torch
 from torch import Tensor, nn
 
 from openlm_lite.errors import InputError
-from openlm_lite.model.attention import Attention, KVCache
+from openlm_lite.model.attention import Attention, KVCache, causal_mask
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.layers import FeedForward, Norm, rope_tables
 from openlm_lite.model.loss import LossSums, linear_cross_entropy
 
 
 class Block(nn.Module):
-    """One pre-norm block; the residual stream x is only ever added to::
+    """One block of the kind `cfg.block`; the residual stream x is only ever added to::
 
-    x ──┬─ attention_norm ─ attention ─(+)──┬─ ffn_norm ─ feed_forward ─(+)── x
-        └───────────────────────────────┘   └──────────────────────────┘
+    sequential                           x ─┬─ norm ─ attention ─(+)─┬─ norm ─ ffn ─(+)─ x
+                                            └─────────────────────┘  └──────────────┘
+
+    sequential_post_norm (OLMo 2)        x ─┬─ attention ─ norm ─(+)─┬─ ffn ─ norm ─(+)─ x
+                                            └─────────────────────┘  └──────────────┘
+
+    parallel (GPT-NeoX)                  x ─┬─ norm ─ attention ─(+)─(+)─ x
+                                            ├────────────────────┘    │
+                                            └─ norm ─ ffn ────────────┘
+
+    parallel_shared_norm (PaLM, Falcon)  x ─┬─ norm ─┬─ attention ─(+)─(+)─ x
+                                            │        └─ ffn ────────┘   │
+                                            └───────────────────────────┘
     """
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.kind = cfg.block
         self.attention_norm = Norm(cfg, cfg.d_model)
         self.attention = Attention(cfg, layer)
-        self.ffn_norm = Norm(cfg, cfg.d_model)
+        if cfg.block != "parallel_shared_norm":
+            self.ffn_norm = Norm(cfg, cfg.d_model)
         self.feed_forward = FeedForward(cfg)
 
     def forward(
-        self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor, cache: KVCache | None = None
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH, cache)
-        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+        if self.kind == "sequential_post_norm":
+            x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD, rope, mask, cache))
+            return x_BTD + self.ffn_norm(self.feed_forward(x_BTD))
+        h_BTD = self.attention_norm(x_BTD)
+        if self.kind == "sequential":
+            x_BTD = x_BTD + self.attention(h_BTD, rope, mask, cache)
+            return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+        g_BTD = self.ffn_norm(x_BTD) if self.kind == "parallel" else h_BTD
+        return x_BTD + self.attention(h_BTD, rope, mask, cache) + self.feed_forward(g_BTD)
 
 
 class Transformer(nn.Module):
@@ -47,6 +71,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        if cfg.positions == "learned":
+            self.position_embedding = nn.Embedding(cfg.max_seq_len, cfg.d_model)
+        if cfg.embedding_norm:
+            self.embedding_norm = Norm(cfg, cfg.d_model)
         self.layers = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
         self.norm = Norm(cfg, cfg.d_model)
         if not cfg.tie_embeddings:
@@ -76,12 +104,17 @@ class Transformer(nn.Module):
             raise InputError(
                 f"{start + T} positions are longer than max_seq_len = {self.cfg.max_seq_len}"
             )
-        positions = torch.arange(start, start + T, device=tokens_BT.device)
-        cos_TH, sin_TH = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        rope = rope_tables(positions_T, self.cfg) if self.cfg.positions == "rope" else None
 
         x_BTD = self.embedding(tokens_BT)
+        if self.cfg.positions == "learned":
+            x_BTD = x_BTD + self.position_embedding(positions_T)
+        if self.cfg.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
+        mask = causal_mask(self.cfg, start, T, x_BTD.device, x_BTD.dtype)
         for block in self.layers:
-            x_BTD = block(x_BTD, cos_TH, sin_TH, cache)
+            x_BTD = block(x_BTD, rope, mask, cache)
         x_BTD = self.norm(x_BTD)
         if cache is not None:
             cache.length += T

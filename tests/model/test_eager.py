@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from openlm_lite.model import eager
+from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.layers import rope_tables
 
 
@@ -45,7 +46,7 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 
 
 def test_rotary_keeps_lengths_and_turns_back() -> None:
-    cos, sin = rope_tables(torch.arange(7), 8, 10_000.0)
+    cos, sin = rope_tables(torch.arange(7), ModelConfig(5, 8, 1, 1, 1, 8, 8, 7))
     x = torch.randn(2, 7, 3, 8, requires_grad=True)
 
     def plain(x: Tensor) -> Tensor:

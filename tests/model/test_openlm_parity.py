@@ -24,6 +24,10 @@ VARIANTS = [
     "dclm_noqk",
     "rms_norm_qk",
     "no_wb_layer_norm_qk",
+    "dclm_gelu",
+    "dclm_llama_rotary",
+    "dclm_head_rotary",
+    "llama2_style",
 ]
 
 

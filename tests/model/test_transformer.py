@@ -32,19 +32,35 @@ TINY = ModelConfig(
 def architectures(draw: st.DrawFn) -> ModelConfig:
     norm = draw(st.sampled_from(["layer_norm", "rms_norm"]))
     kv = draw(st.sampled_from([1, 2, 3]))
+    blocks = ["sequential", "sequential_post_norm", "parallel", "parallel_shared_norm"]
+    head_dim, rotary_pct = draw(
+        st.sampled_from([(2, 1.0), (4, 1.0), (4, 0.5), (8, 0.25), (6, 0.5)])
+    )
+    if rotary_pct * head_dim % 2:
+        rotary_pct = 1.0
     return ModelConfig(
         vocab_size=draw(st.integers(5, 40)),
         d_model=draw(st.integers(3, 20)),
         n_layers=draw(st.integers(1, 3)),
         n_heads=kv * draw(st.integers(1, 3)),
         n_kv_heads=kv,
-        head_dim=2 * draw(st.integers(1, 4)),
+        head_dim=head_dim,
         d_ff=draw(st.integers(1, 30)),
         max_seq_len=16,
         norm=norm,
         norm_gain=draw(st.booleans()),
         norm_bias=norm == "layer_norm" and draw(st.booleans()),
         qk_norm=draw(st.sampled_from(["none", "full", "per_head"])),
+        block=draw(st.sampled_from(blocks)),
+        embedding_norm=draw(st.booleans()),
+        activation=draw(st.sampled_from(["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"])),
+        mlp_bias=draw(st.booleans()),
+        attn_bias=draw(st.sampled_from(["none", "qkv", "all"])),
+        clip_qkv=draw(st.sampled_from([None, 0.5])),
+        positions=draw(st.sampled_from(["rope", "alibi", "learned", "none"])),
+        rotary_pct=rotary_pct,
+        rope_style=draw(st.sampled_from(["half", "interleaved"])),
+        rope_freq_dtype=draw(st.sampled_from(["fp32", "bf16"])),
         tie_embeddings=draw(st.booleans()),
     )
 
@@ -55,7 +71,7 @@ def build(cfg: ModelConfig, seed: int = 0) -> Transformer:
     return model
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cfg=architectures(), data=st.data())
 def test_every_architecture_counts_caches_and_is_causal(cfg: ModelConfig, data: Any) -> None:
     model = build(cfg)
@@ -103,7 +119,7 @@ def test_bf16_rotary_angles_are_exact() -> None:
     """Frequencies rounded to bf16 are off by radians at the end of a long context."""
     from openlm_lite.model.layers import rope_tables
 
-    cos, sin = rope_tables(torch.tensor([2047]), 128, 10_000.0)
+    cos, sin = rope_tables(torch.tensor([2047]), ModelConfig(5, 8, 1, 1, 1, 128, 8, 4096))
     positions = torch.tensor(2047.0, dtype=torch.float64)
     exact = positions * 10_000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
     assert (cos[0, :64].double() - exact.cos()).abs().max() < 1e-3
@@ -121,7 +137,7 @@ def test_rotary_tables_stay_fp32_under_bf16_training() -> None:
         seen: list[torch.dtype] = []
         attention = model.layers[0].attention
         attention.register_forward_pre_hook(
-            lambda _module, args: seen.extend(t.dtype for t in args[:3])
+            lambda _module, args: seen.extend((args[0].dtype, *(t.dtype for t in args[1])))
         )
         tokens = torch.zeros(1, 8, dtype=torch.long)
         model(tokens, tokens).total.backward()
@@ -139,7 +155,7 @@ def test_too_many_positions_are_refused() -> None:
     ("change", "message"),
     [
         ({"n_kv_heads": 3}, "n_heads = 4 is not a multiple of n_kv_heads = 3"),
-        ({"head_dim": 5}, "head_dim = 5 is odd"),
+        ({"head_dim": 5}, "turns 5 features"),
         ({"norm_bias": True}, "rms_norm has no bias"),
         ({"d_ff": 0}, "d_ff = 0, must be at least 1"),
         ({"norm_eps": 0.0}, "norm_eps = 0.0, must be positive"),
