@@ -53,18 +53,34 @@ def assets(folder: str) -> Path:
 
 
 def find_file(name: str, folder: str, suffix: str) -> Path:
-    """The file that the user means: a path, or the name of one that is shipped in `folder`."""
+    """The file that the user means: a path, or the name of one that is shipped in `folder`.
+
+    A shipped name may differ in case, dashes, underscores and dots where only one file fits. A
+    file with as many separators wins: `OpenLM-7B` is openlm_7b, though open_lm_7b is near.
+    """
     path = Path(name)
     if path.is_file():
         return path
     shipped = assets(folder)
     stem = path.name.removesuffix(suffix)
-    if str(path.parent) in (".", folder) and (shipped / f"{stem}{suffix}").is_file():
-        return shipped / f"{stem}{suffix}"
     names = sorted(p.stem for p in shipped.glob(f"*{suffix}"))
+    if str(path.parent) in (".", folder):
+        for spelling in (str, _with_dashes, _squeezed):
+            fits = [other for other in names if spelling(other) == spelling(stem)]
+            if len(fits) == 1:
+                return shipped / f"{fits[0]}{suffix}"
     close = difflib.get_close_matches(stem, names, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise InputError(f"{name}: no such file, nor one of {folder}/ ({', '.join(names)}){hint}")
+
+
+def _with_dashes(name: str) -> str:
+    return re.sub(r"[_.]", "-", name).casefold()
+
+
+def _squeezed(name: str) -> str:
+    """Without the separators, but for those between two digits: 17b is not 1.7b."""
+    return re.sub(r"(?<!\d)-+|-+(?!\d)", "", _with_dashes(name))
 
 
 _NOT_AS_IN_YAML_1_1 = ("bool", "int", "timestamp")
@@ -86,21 +102,25 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_DECIMAL = re.compile(r"^[-+]?[0-9][0-9_]*$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
 def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node).replace("_", ""), 10)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _DECIMAL, list("-+0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that this loader, or one of YAML 1.1, would read as a number."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _DECIMAL, list("-+0123456789"))
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -208,7 +228,7 @@ def to_plain(config: Any) -> Any:
 
 def dump_yaml(config: Any) -> str:
     """YAML text that `decode` reads back to the same dataclass."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flatten(plain: Any, prefix: str = "") -> dict[str, Any]:
@@ -323,6 +343,13 @@ _OTHER_NAMES = {
     "z_loss_coefficient": "z_loss",
     "output_dir": "dir",
     "save_every": "every_steps",
+    "pretrained": "init_from",
+    "attn": "attention",
+    "mlp": "feed_forward",
+    "ffn": "feed_forward",
+    "embed": "embeddings",
+    "ln_f": "final_norm",
+    "lm_head": "head",
     "torchcompile": "compile",
     "dtype": "precision",
 }

@@ -160,3 +160,40 @@ def test_files_are_found_by_path_and_by_shipped_name(tmp_path: Path) -> None:
         config.find_file(str(tmp_path / "quickstart.yaml"), "recipes", ".yaml")
     with pytest.raises(InputError, match="no such file"):
         config.find_file(str(tmp_path / "recipes" / "quickstart.yaml"), "recipes", ".yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("DCLM-1B", "dclm_1b"),
+        ("dclm_1b.json", "dclm_1b"),
+        ("model_configs/DCLM-1B.json", "dclm_1b"),
+        ("mistral-7b-v0.3", "mistral_7b_v0.3"),
+        ("stablelm-2-1_6b", "stablelm_2_1.6b"),
+        ("OLMo-2-1B", "olmo2_1b"),
+        ("openlm_1b", "open_lm_1b"),
+        ("openlm_7b", "openlm_7b"),
+        ("OpenLM-7B", "openlm_7b"),
+        ("Open-LM-7B", "open_lm_7b"),
+        ("open_lm_7b", "open_lm_7b"),
+    ],
+)
+def test_a_shipped_name_may_differ_in_case_and_separators(written: str, found: str) -> None:
+    shipped = config.assets("model_configs")
+    assert config.find_file(written, "model_configs", ".json") == shipped / f"{found}.json"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "OpenLM7B",  # openlm_7b or open_lm_7b?
+        "qwen3_17b",  # is not 1.7b
+        "llama-27b",  # is not 2-7b
+        "elsewhere/DCLM-1B",
+        "...",
+        "",
+    ],
+)
+def test_a_shipped_name_is_never_guessed(written: str) -> None:
+    with pytest.raises(InputError, match="no such file, nor one of model_configs/"):
+        config.find_file(written, "model_configs", ".json")

@@ -42,7 +42,7 @@ def init_weights(model: Transformer, seed: int) -> None:
         elif "norm" in name:
             parameter.fill_(1.0)
         else:
-            _copy_shard(parameter, _draw(name, parameter, init_std(model.cfg, name), seed))
+            copy_shard(parameter, _draw(name, parameter, init_std(model.cfg, name), seed))
 
 
 def _draw(name: str, like: nn.Parameter, std: float, seed: int) -> Tensor:
@@ -54,7 +54,8 @@ def _draw(name: str, like: nn.Parameter, std: float, seed: int) -> Tensor:
     return nn.init.trunc_normal_(full, 0.0, std, -3 * std, 3 * std, generator=generator)
 
 
-def _copy_shard(parameter: nn.Parameter, full: Tensor) -> None:
+def copy_shard(parameter: nn.Parameter, full: Tensor) -> None:
+    """Put this rank's part of the whole tensor `full` into `parameter`."""
     if isinstance(parameter, DTensor):
         full = distribute_tensor(
             full, parameter.device_mesh, parameter.placements, src_data_rank=None
