@@ -114,8 +114,8 @@ def save_checkpoint(
     the configuration and the step. Saving a step that is committed already changes nothing.
     Raises CheckpointError on every rank if saving failed on any of them.
     """
-    _check_local_path(root)
-    _check_document_names(documents)
+    check_local_path(root)
+    check_document_names(documents)
     final = os.path.join(root, step_folder_name(state.step))
     temporary = os.path.join(root, TEMPORARY + step_folder_name(state.step))
     texts = {**documents, STATE_NAME: state.to_json()}
@@ -123,9 +123,9 @@ def save_checkpoint(
     if not _on_main(lambda: _prepare(root, final, temporary, state, tensors)):
         return final
     try:
-        files = _stage_and_write(temporary, tensors, texts)
+        files = stage_and_write(temporary, lambda folder: write_tensors(folder, tensors), texts)
         commit = Commit(temporary, state, dist.world_size(), facts, files)
-        _on_main(lambda: _commit(commit, final))
+        _on_main(lambda: commit_folder(commit, final))
     except BaseException:
         if dist.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -153,13 +153,14 @@ def _prepare(
                     f"{state}); use another run folder, or move that checkpoint away"
                 )
             return False
-    _check_free_space(root, tensors)
+    remedy = "free some space, lower checkpoint.keep_last, or move the run to another disk"
+    check_free_space(root, _expected_bytes(root, tensors), remedy)
     os.mkdir(temporary)
     return True
 
 
-def _check_free_space(root: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises CheckpointError where this checkpoint, or one like the last, would not fit."""
+def _expected_bytes(root: str, tensors: Mapping[str, torch.Tensor]) -> int:
+    """The size of this checkpoint, or of the last one where that was larger."""
     last_bytes = 0
     for path in step_folders(root)[:1]:
         try:
@@ -167,26 +168,31 @@ def _check_free_space(root: str, tensors: Mapping[str, torch.Tensor]) -> None:
         except DamagedError:
             continue
     new_bytes = sum(t.numel() * t.element_size() for t in tensors.values())  # over all ranks
-    needed = int(_FREE_SPACE_FACTOR * max(last_bytes, new_bytes))
+    return max(last_bytes, new_bytes)
+
+
+def check_free_space(root: str, n_bytes: int, remedy: str) -> None:
+    """Raises CheckpointError where a checkpoint of `n_bytes` would not fit into `root`."""
+    needed = int(_FREE_SPACE_FACTOR * n_bytes)
     free = shutil.disk_usage(root).free
     if free < needed:
         raise CheckpointError(
-            f"{root}: {free:,} bytes are free, a checkpoint wants {needed:,}; free some space, "
-            "lower checkpoint.keep_last, or move the run to another disk"
+            f"{root}: {free:,} bytes are free, a checkpoint wants {needed:,}; {remedy}"
         )
 
 
-def _stage_and_write(
-    folder: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]
+def stage_and_write(
+    folder: str, write: Callable[[str], None], texts: Mapping[str, str]
 ) -> dict[str, tuple[int, int]]:
     """Write everything but COMMIT.json; collective. Returns file -> (size, crc32) of all ranks.
 
+    write: puts this rank's tensors into the folder that it is given, TransferError where it cannot.
     The half of a save that a background thread could do one day; it makes nothing visible.
     """
 
     def write_own_share() -> dict[str, tuple[int, int]]:
         try:
-            write_tensors(folder, tensors)
+            write(folder)
         except TransferError as error:
             raise CheckpointError(f"{folder}: writing failed: {error}") from error
         names = data_files_of(folder, dist.rank())
@@ -201,7 +207,7 @@ def _stage_and_write(
     return {name: entry for share in shares for name, entry in share.items()}
 
 
-def _commit(written: Commit, final: str) -> None:
+def commit_folder(written: Commit, final: str) -> None:
     """Make the folder `written.path` a checkpoint by renaming it to `final` (rank 0)."""
     try:
         check_sizes(written)
@@ -247,7 +253,7 @@ def latest_checkpoint(root: str) -> Commit | None:
     The ranks share the reading for the checksums. A damaged checkpoint is renamed to bad-step_…
     with a warning, and the one before is tried. Raises InputError for one of a newer version.
     """
-    _check_local_path(root)
+    check_local_path(root)
     _on_main(lambda: remove_leftovers(root))
     while path := _on_main(lambda: next(iter(step_folders(root)), None)):
         found = _verify_together(path)
@@ -279,7 +285,7 @@ def resolve_checkpoint(path: str) -> str:
 
     Changes nothing on the disk. Raises InputError that says what was found and what is allowed.
     """
-    _check_local_path(path)
+    check_local_path(path)
     path = path.rstrip("/") or "/"
     allowed = "give a run folder, its checkpoints folder, or one step_… folder with a COMMIT.json"
     if not os.path.isdir(path):
@@ -320,7 +326,7 @@ def load_checkpoint(
     Raises InputError for a damaged, hostile or unfitting checkpoint, on every rank alike.
     """
     if isinstance(checkpoint, str):
-        _check_local_path(checkpoint)
+        check_local_path(checkpoint)
         found = _verify_together(checkpoint)
         if isinstance(found, str):
             raise InputError(f"{checkpoint}: {found}; use another checkpoint")
@@ -330,7 +336,7 @@ def load_checkpoint(
 
     def compare() -> tuple[TrainState, Metadata, dict[str, torch.Tensor]]:
         state = TrainState.from_json(_document(commit, STATE_NAME), commit.path)
-        metadata = _metadata(commit)
+        metadata = metadata_of(commit)
         tensors = model_tensors(model)
         compare_tensors(commit.path, metadata, tensors, "model.")
         if optimizer is not None:
@@ -368,9 +374,9 @@ def read_model_weights(path: str) -> dict[str, torch.Tensor]:
 
     Raises InputError for a damaged or hostile checkpoint.
     """
-    _check_local_path(path)
-    commit = _verified(path)
-    metadata = _metadata(commit)
+    check_local_path(path)
+    commit = verified_commit(path)
+    metadata = metadata_of(commit)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
@@ -385,7 +391,7 @@ def read_model_weights(path: str) -> dict[str, torch.Tensor]:
 
 def read_document(path: str, name: str) -> str:
     """The text of a document (config.yaml, model.json) of the step folder `path`, verified."""
-    _check_local_path(path)
+    check_local_path(path)
     try:
         return _document(read_commit(path), name)
     except DamagedError as problem:
@@ -401,7 +407,7 @@ def _document(commit: Commit, name: str) -> str:
         raise InputError(f"{commit.path}: {name}: {problem}; use another checkpoint") from None
 
 
-def _metadata(commit: Commit) -> Metadata:
+def metadata_of(commit: Commit) -> Metadata:
     """The list of tensors: checksum first, then the limited unpickler on the same bytes."""
     place = os.path.join(commit.path, METADATA_NAME)
     try:
@@ -411,7 +417,11 @@ def _metadata(commit: Commit) -> Metadata:
     return decode_metadata(content, place, commit.files)
 
 
-def _verified(path: str) -> Commit:
+def verified_commit(path: str) -> Commit:
+    """The commit of the step folder `path`, every file compared with its checksum.
+
+    One process, no process group. Raises InputError.
+    """
     try:
         commit = read_commit(path)
         check_contents(commit)
@@ -428,12 +438,12 @@ def _on_all_ranks(action: Callable[[], T]) -> list[T]:
     return dist.on_all_ranks(action, CheckpointError)
 
 
-def _check_local_path(path: str) -> None:
+def check_local_path(path: str) -> None:
     if "://" in path:
         raise InputError(f"{path}: checkpoints are kept in local or mounted folders, not at a URL")
 
 
-def _check_document_names(documents: Mapping[str, str]) -> None:
+def check_document_names(documents: Mapping[str, str]) -> None:
     for name in documents:
         if name != os.path.basename(name) or name in (COMMIT_NAME, STATE_NAME) or name[:1] in "._":
             raise ValueError(f"document name {name!r}: must be a plain file name not used already")

@@ -110,10 +110,20 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("export", _export, "write a checkpoint as a Hugging Face folder")
     p.add_argument("checkpoint", help="run folder, or one of its step_… folders")
     p.add_argument("out", help="the folder to make")
-    p.add_argument("--native", action="store_true", help="a class of transformers: the default")
-    p.add_argument("--tokenizer", help="instead of the run's own")
+    form = p.add_mutually_exclusive_group()
+    form.add_argument("--native", action="store_true", help="a class of transformers, or an error")
+    form.add_argument("--bundled", action="store_true", help="with its own code, as trained")
+    p.add_argument("--class", dest="hf_class", metavar="NAME", help="e.g. MistralForCausalLM")
+    p.add_argument("--tokenizer", help="instead of the run's own; none: without")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="of a weights file")
+    p.add_argument("--json", action="store_true")
+
+    p = verb("import", _import, "make a checkpoint of a Hugging Face folder or OpenLM's weights")
+    p.add_argument("source", help="Hugging Face folder, .pt or .safetensors file")
+    p.add_argument("checkpoint", help="the folder to make")
+    p.add_argument("--model", metavar="JSON", help="architecture of bare weights: ours or OpenLM's")
+    p.add_argument("--no-compare", action="store_true", help="do not load it with transformers too")
     p.add_argument("--json", action="store_true")
 
     p = verb("generate", _generate, "continue a prompt")
@@ -201,14 +211,26 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from openlm_lite.hf.convert import export_checkpoint
+    from openlm_lite.hf.export import export_checkpoint
 
     report = export_checkpoint(
         args.checkpoint,
         args.out,
+        how="native" if args.native else "bundled" if args.bundled else "auto",
+        hf_class=args.hf_class,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         max_shard_bytes=args.max_shard_bytes,
+    )
+    _print_result(dataclasses.asdict(report), args.json)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from openlm_lite.hf.importer import import_model
+
+    report = import_model(
+        args.source, args.checkpoint, model=args.model, compare=not args.no_compare
     )
     _print_result(dataclasses.asdict(report), args.json)
     return 0

@@ -12,7 +12,7 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from torch.optim import Optimizer
 from torch.serialization import _get_layout
 
@@ -172,6 +174,72 @@ def write_tensors(folder: str, tensors: Mapping[str, torch.Tensor]) -> None:
             planner=DefaultSavePlanner(flatten_state_dict=False),
             no_dist=no_dist,
         )
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans by empty tensors of the right shapes; a real one is read when it is written."""
+
+    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        expected = self.state_dict[index.fqn]
+        tensor = self._read(index.fqn)
+        if tensor.shape != expected.shape or not tensor.is_floating_point():
+            raise InputError(
+                f"tensor {index.fqn} is {tensor.dtype} {list(tensor.shape)}; it must hold floating "
+                f"point numbers and be {list(expected.shape)}"
+            )
+        tensor = tensor.detach().to("cpu", expected.dtype).contiguous()
+        is_part = tensor.untyped_storage().nbytes() != tensor.nbytes  # torch.save writes the whole
+        return tensor.clone() if is_part else tensor
+
+
+class _LazyWriter(_Writer):
+    """Lets go of a tensor once it is written: the stock writer keeps all of a file to its end."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = "__0_0.distcp"
+        results = []
+        with open(os.path.join(self.path, name), "xb") as file:
+            for item in plan.items:
+                offset = file.tell()
+                torch.save(planner.resolve_data(item), file)
+                where = _StorageInfo(name, offset, file.tell() - offset)
+                results.append(WriteResult(item.index, where.length, where))
+            file.flush()
+            os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def write_tensors_lazily(
+    folder: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]
+) -> None:
+    """Write tensors of `shapes` in fp32 into `folder` and fsync it, one in memory at a time.
+
+    read: gives the tensor of a name, any floating point dtype. For one process alone.
+    Raises InputError for a tensor of another shape or dtype, what `read` raises if that is an
+    InputError, and TransferError for everything else.
+    """
+    fp32 = {"dtype": torch.float32, "device": "meta"}
+    expected = {name: torch.empty(shape, **fp32) for name, shape in shapes.items()}
+    try:
+        with _plain_errors_and_warnings():
+            save(
+                expected,
+                storage_writer=_LazyWriter(folder, sync_files=True, overwrite=False),
+                planner=_LazyPlanner(read),
+                no_dist=True,
+            )
+    except TransferError as error:
+        assert isinstance(error.__cause__, CheckpointException)
+        (cause, _) = error.__cause__.failures[0]
+        if isinstance(cause, InputError) or not isinstance(cause, Exception):
+            raise cause from None  # the reader's own error, or Ctrl-C: DCP catches that too
+        raise
 
 
 def read_tensors(

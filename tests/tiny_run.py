@@ -45,7 +45,7 @@ def tiny_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from openlm_lite.checkpoint import resolve_checkpoint
 from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
 from openlm_lite.errors import InputError
-from openlm_lite.hf.convert import load_native
+from openlm_lite.hf.compare import load_hf
 from openlm_lite.hf.source import find_tokenizer, read_model
 from openlm_lite.model.attention import KVCache
 from openlm_lite.model.transformer import Transformer
@@ -255,7 +255,7 @@ def _load_ours(path: str, tokenizer: str | None, device: str) -> Loaded:
 
 def _load_exported(path: str, tokenizer: str | None, device: str) -> Loaded:
     words = load_tokenizer(tokenizer or path)
-    model = load_native(path, "auto").to(device)
+    model = load_hf(path, "auto").to(device)
 
     def make_step(_max_len: int) -> Step:
         past = None

@@ -10,23 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 
 from openlm_lite.data.tokenizer import Tokenizer, train_bpe
 from openlm_lite.errors import InputError
-from openlm_lite.hf import convert, names
-from openlm_lite.hf.convert import (
+from openlm_lite.hf import export, layouts, rewrite
+from openlm_lite.hf.compare import load_hf
+from openlm_lite.hf.export import (
+    config_of,
     export_checkpoint,
-    is_centred,
-    load_native,
-    logit_difference,
-    native_class_of,
-    native_weights,
-    write_native,
+    native_form,
+    weights_in,
 )
-from openlm_lite.model.config import ModelConfig
+from openlm_lite.hf.native import best_fit
+from openlm_lite.hf.source import open_source
 from tests.tiny_run import TEXT, save_tiny_run, tiny_config, tiny_model, tiny_tokenizer
 
 TOLERANCE = 1e-5
@@ -50,99 +47,104 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@st.composite
-def sizes(draw: st.DrawFn) -> dict[str, Any]:
-    n_kv_heads = draw(st.integers(1, 2))
-    n_heads = 2 * n_kv_heads * draw(st.integers(1, 2))
-    # transformers runs experts by a grouped product, which wants rows of 16 bytes: widths of 4
-    head_dim = 4 * draw(st.integers(4, 6))
-    return {
-        "vocab_size": draw(st.integers(290, 330)),
-        "d_model": n_heads * head_dim,
-        "n_layers": draw(st.integers(1, 2)),
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        "head_dim": head_dim,
-        "d_ff": 4 * draw(st.integers(2, 16)),
-        "max_seq_len": draw(st.sampled_from([7, 32, 64])),
-        "rope_theta": draw(st.sampled_from([1e4, 5e5])),
-        "tie_embeddings": draw(st.booleans()),
-    }
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return tiny_tokenizer()
 
 
-# --- numerics ------------------------------------------------------------------------------------
+# --- which class ---------------------------------------------------------------------------------
 
 
-# The same examples always: plain copies differ by 0, but where weights are centred the rounding of
-# fp32 alone comes to 3e-6 to 1e-5 on logits of size 5 (as far as both are from fp64).
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=5, deadline=None, derandomize=True)
-@given(sizes=sizes(), seed=st.integers(0, 1000), eps=st.sampled_from([1e-5, 1e-6]))
-def test_transformers_own_class_computes_the_same_logits(
-    case: str,
-    sizes: dict[str, Any],
-    seed: int,
-    eps: float,
-    tokenizer: Tokenizer,
-    tmp_path_factory: pytest.TempPathFactory,
+def test_the_class_is_the_one_of_the_table_and_computes_the_same_logits(
+    case: str, tmp_path: Path
 ) -> None:
     native_class, norms = CASES[case]
-    eps = 1e-5 if case == "non-parametric" else eps
-    cfg = ModelConfig(**sizes, **norms, norm_eps=eps)
-    assert native_class_of(cfg) == native_class
-    model = tiny_model(cfg, seed)
-    folder = tmp_path_factory.mktemp("native")
-    write_native(str(folder), model, tokenizer)
-    difference, size = logit_difference(model, str(folder))
-    assert size > 0.1
-    assert difference <= TOLERANCE
-    native = load_native(str(folder), torch.float32)
+    cfg = tiny_config(**norms)
+    run = save_tiny_run(tmp_path / "run", tiny_model(cfg), None)
+    report = export_checkpoint(str(run), str(tmp_path / "hf"), tokenizer="none")
+    assert (report.hf_class, report.native, report.why_bundled) == (native_class, True, "")
+    assert report.max_logit_difference <= TOLERANCE
+    native = load_hf(str(tmp_path / "hf"), torch.float32)
     assert type(native).__name__ == native_class
-    assert native.config.tie_word_embeddings == (cfg.tie_embeddings and not is_centred(cfg))
 
 
 @pytest.mark.parametrize("qk_norm", ["none", "per_head"])
-def test_head_dim_is_free_where_the_class_has_it(
-    qk_norm: str, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_head_dim_is_free_where_the_class_has_it(qk_norm: str, tmp_path: Path) -> None:
     cfg = tiny_config(norm="rms_norm", qk_norm=qk_norm, head_dim=16)
-    model = tiny_model(cfg)
-    write_native(str(tmp_path), model, tokenizer)
-    assert logit_difference(model, str(tmp_path))[0] <= TOLERANCE
+    run = save_tiny_run(tmp_path / "run", tiny_model(cfg), None)
+    report = export_checkpoint(str(run), str(tmp_path / "hf"), tokenizer="none", how="native")
+    assert report.max_logit_difference <= TOLERANCE
 
 
 @pytest.mark.parametrize("qk_norm", ["full", "per_head"])
-def test_without_centring_the_logits_would_differ(
-    qk_norm: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_centring_the_export_would_be_refused(
+    qk_norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(tiny_config(qk_norm=qk_norm))
-    monkeypatch.setattr(convert, "is_centred", lambda _: False)
-    write_native(str(tmp_path), model, tokenizer)
-    assert logit_difference(model, str(tmp_path))[0] > 0.01
+    run = save_tiny_run(tmp_path / "run", tiny_model(tiny_config(qk_norm=qk_norm)), None)
+    monkeypatch.setattr(rewrite, "_mean", lambda _cfg, _name, weight: torch.zeros_like(weight))
+    with pytest.raises(InputError, match="the logits differ by"):
+        export_checkpoint(str(run), str(tmp_path / "hf"), tokenizer="none")
 
 
 def test_the_old_rotary_keys_say_the_same_as_the_new_ones() -> None:
     for native_class, norms in CASES.values():
-        config = convert.native_config(tiny_config(rope_theta=5e5, **norms), 0, "float32")
+        cfg = tiny_config(rope_theta=5e5, **norms)
+        config = config_of(native_form(cfg), cfg, 0, "float32")
         assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
         if native_class == "StableLmForCausalLM":
             assert config["partial_rotary_factor"] == 1.0
             assert config["rope_parameters"]["partial_rotary_factor"] == 1.0
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_parameter_has_exactly_one_native_name(case: str) -> None:
-    native_class, norms = CASES[case]
-    cfg = tiny_config(**norms)
-    ours = [name for name, _ in names.names_of(native_class, cfg)]
-    theirs = [name for _, name in names.names_of(native_class, cfg)]
-    assert len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs)
-    assert set(dict(tiny_model(cfg).named_parameters())) <= set(ours)
+BUNDLED: dict[str, dict[str, Any]] = {
+    "PaLM": {
+        "block": "parallel",
+        "qk_norm": "none",
+        "n_kv_heads": 1,
+        "tie_embeddings": True,
+    },
+    "head rotary": {"positions": "none", "qk_norm": "none", "norm_bias": True},
+    "bf16 frequencies": {"rope_freq_dtype": "bf16"},
+    "GELU with qk-norm": {"activation": "gelu"},
+    "GeGLU with biases": {
+        "activation": "geglu",
+        "mlp_bias": True,
+        "norm_bias": True,
+        "qk_norm": "none",
+    },
+    "embedding norm behind learned positions": {"embedding_norm": True, "positions": "learned"},
+}
+
+
+@pytest.mark.parametrize("case", BUNDLED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_no_class_holds_goes_with_its_own_code(
+    case: str, dtype: Any, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    cfg = tiny_config(**BUNDLED[case])
+    run = save_tiny_run(tmp_path / "run", tiny_model(cfg), tokenizer)
+    report = export_checkpoint(str(run), str(tmp_path / "hf"), dtype=dtype)
+    assert (report.hf_class, report.native) == ("OpenLMForCausalLM", False)
+    assert report.max_logit_difference <= TOLERANCE
+    field = report.why_bundled.partition(" = ")[0]
+    assert field.removeprefix("model.") in BUNDLED[case]
+    back = open_source(str(tmp_path / "hf"))
+    assert back.cfg == cfg
+    original = open_source(str(run)).weights
+    for name, weight in back.weights.items():
+        expected = original[name].bfloat16().float() if dtype == "bfloat16" else original[name]
+        assert torch.equal(weight, expected), name
+
+
+def test_bundled_on_request_keeps_the_weights_as_trained(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    run = save_tiny_run(tmp_path / "run", tiny_model(tiny_config()), tokenizer)
+    report = export_checkpoint(str(run), str(tmp_path / "hf"), how="bundled")
+    assert (report.hf_class, report.rewritten, report.why_bundled) == ("OpenLMForCausalLM", [], "")
+    names = set(os.listdir(tmp_path / "hf"))
+    assert {"modeling_openlm.py", "openlm_fields.py", "README.md", "tokenizer.json"} <= names
 
 
 # --- what cannot be exported ---------------------------------------------------------------------
@@ -151,24 +153,31 @@ def test_every_parameter_has_exactly_one_native_name(case: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"norm_bias": True}, "model.norm_bias"),
-        ({"norm_bias": True, "qk_norm": "per_head"}, "model.norm_bias"),
-        ({"head_dim": 16}, "model.head_dim"),
-        ({"head_dim": 16, "qk_norm": "none"}, "model.head_dim"),
-        ({"d_model": 30, "norm": "rms_norm", "qk_norm": "none"}, "model.n_heads"),
+        ({"norm_bias": True, "qk_norm": "none", "positions": "none"}, "model.positions"),
+        ({"norm_bias": True, "qk_norm": "per_head"}, "model.qk_norm"),
+        ({"norm_bias": True, "head_dim": 16, "qk_norm": "none"}, "model.head_dim"),
+        ({"rope_freq_dtype": "bf16"}, "model.rope_freq_dtype"),
+        ({"block": "parallel", "qk_norm": "none"}, "model.block"),
     ],
 )
 def test_an_architecture_without_native_class_is_refused_by_the_field(
     changes: dict[str, Any], field: str
 ) -> None:
-    with pytest.raises(InputError, match=rf"^{field} = .* cannot be exported"):
-        native_class_of(tiny_config(**changes))
+    with pytest.raises(InputError, match=rf"{field} = .*does not hold this architecture exactly"):
+        native_form(tiny_config(**changes))
+
+
+def test_a_named_class_must_hold_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^model.norm = layer_norm.*GPT2LMHeadModel|qk_norm"):
+        native_form(tiny_config(), "GPT2LMHeadModel")
+    with pytest.raises(InputError, match=r"no class Gpt2: known are .*GPT2LMHeadModel"):
+        native_form(tiny_config(), "Gpt2")
 
 
 def test_non_parametric_layer_norm_with_another_eps_goes_to_the_class_that_has_eps() -> None:
     cfg = tiny_config(qk_norm="none", norm_gain=False)
-    assert native_class_of(cfg) == "OlmoForCausalLM"
-    assert native_class_of(replace(cfg, norm_eps=1e-6)) == "StableLmForCausalLM"
+    assert best_fit(cfg).family.hf_class == "OlmoForCausalLM"
+    assert best_fit(replace(cfg, norm_eps=1e-6)).family.hf_class == "StableLmForCausalLM"
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -186,12 +195,13 @@ def test_an_export_is_a_folder_that_auto_classes_load(
 
     out = tmp_path / "new" / "hf"
     report = export_checkpoint(str(run), str(out))
-    assert report.native_class == "OlmoeForCausalLM"
+    assert report.hf_class == "OlmoeForCausalLM"
     assert report.max_logit_difference <= TOLERANCE
     assert report.rounding_difference == 0.0
     assert report.n_params == tiny_config().n_params
     assert report.path == str(out)
     assert sorted(os.listdir(out)) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -214,7 +224,8 @@ def test_a_step_folder_exports_like_its_run(run: Path, tmp_path: Path) -> None:
     export_checkpoint(str(run), str(tmp_path / "a"))
     export_checkpoint(str(step), str(tmp_path / "b"))
     for name in os.listdir(tmp_path / "a"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        if name != "README.md":  # its title is the folder's name
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_bfloat16_in_shards_holds_the_rounded_weights(
@@ -229,8 +240,8 @@ def test_bfloat16_in_shards_holds_the_rounded_weights(
     assert len(files) > 1
     assert [f.name for f in files] == sorted(set(index["weight_map"].values()))
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    model = tiny_model(tiny_config())
-    expected = dict(native_weights(model.cfg, model.state_dict()))
+    source = open_source(str(run))
+    expected = weights_in(native_form(source.cfg), source.weights)
     assert set(index["weight_map"]) == set(expected)
     total = 0
     for name, file in index["weight_map"].items():
@@ -239,7 +250,7 @@ def test_bfloat16_in_shards_holds_the_rounded_weights(
         assert torch.equal(stored, expected[name].bfloat16())
         total += stored.nbytes
     assert index["metadata"]["total_size"] == total
-    assert load_native(str(out), "auto").dtype == torch.bfloat16
+    assert load_hf(str(out), "auto").dtype == torch.bfloat16
 
 
 def test_exported_files_are_as_readable_as_the_umask_allows(run: Path, tmp_path: Path) -> None:
@@ -289,10 +300,19 @@ def test_an_existing_folder_is_not_touched(run: Path, tmp_path: Path) -> None:
 def test_a_wrong_export_is_refused_and_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = names.NAMES["OlmoeForCausalLM"]
-    gate, up = (f"layers.{{i}}.feed_forward.{w}.weight" for w in ("w_gate", "w_up"))
-    swapped = {**table, gate: table[up], up: table[gate]}
-    monkeypatch.setitem(names.NAMES, "OlmoeForCausalLM", swapped)
+    swapped = {"w_gate": "w_up", "w_up": "w_gate"}
+    modules = [
+        m._replace(
+            ours=tuple(
+                n.replace(
+                    n.rpartition(".")[2], swapped.get(n.rpartition(".")[2], n.rpartition(".")[2])
+                )
+                for n in m.ours
+            )
+        )
+        for m in layouts.MODULES["OlmoeForCausalLM"]
+    ]
+    monkeypatch.setitem(layouts.MODULES, "OlmoeForCausalLM", modules)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(InputError, match="the logits differ by"):
         export_checkpoint(str(run), str(tmp_path / "hf"))
@@ -315,7 +335,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "save_file", full)
+    monkeypatch.setattr(export, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export_checkpoint(str(run), str(tmp_path / "hf"))
     assert os.listdir(tmp_path) == ["run"]
@@ -326,7 +346,7 @@ def test_bad_arguments_are_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(InputError, match="float32 and bfloat16"):
         export_checkpoint(str(run), str(tmp_path / "hf"), dtype="float16")  # pyright: ignore
-    with pytest.raises(InputError, match="nothing"):
+    with pytest.raises(InputError, match="found nothing"):
         export_checkpoint(str(tmp_path / "none"), str(tmp_path / "hf"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r'pip install "openlm-lite\[hf\]"'):

@@ -1,0 +1,97 @@
+"""Do two forms of a model compute the same? Both run on the same tokens, one after the other, so
+that only one of them is in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from openlm_lite.errors import InputError
+from openlm_lite.hf.source import build_model
+from openlm_lite.model.config import ModelConfig
+
+# A wrong mapping changes logits by about their own size, fp32 arithmetic by 1e-6 of it.
+MAX_RELATIVE_DIFFERENCE = 1e-4
+
+
+def probe_tokens(vocab_size: int, max_seq_len: int) -> Tensor:
+    """[2, T <= 64] random tokens, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (2, min(64, max_seq_len)), generator=generator)
+
+
+@torch.inference_mode()
+def our_logits(cfg: ModelConfig, weights: Mapping[str, Tensor]) -> Tensor:
+    """Logits [2, T, V] of our model on `probe_tokens`, fp32."""
+    logits = build_model(cfg, weights)(probe_tokens(cfg.vocab_size, cfg.max_seq_len))
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+@torch.inference_mode()
+def their_logits(folder: str, cfg: ModelConfig) -> Tensor:
+    """The same of the class that transformers loads for `folder`, its weights taken as fp32."""
+    model = load_hf(folder, torch.float32)
+    return model(probe_tokens(cfg.vocab_size, cfg.max_seq_len), use_cache=False).logits
+
+
+def difference(ours: Tensor, theirs: Tensor, what: str) -> float:
+    """The largest difference of logits.
+
+    Raises InputError above MAX_RELATIVE_DIFFERENCE of their size, and for NaN.
+    """
+    found = (ours - theirs).abs().max().item()
+    size = ours.abs().max().item()
+    if not found <= MAX_RELATIVE_DIFFERENCE * max(1.0, size):
+        raise InputError(
+            f"{what} the logits differ by {found:.2e} (their size is {size:.2e}); "
+            "nothing was written"
+        )
+    return found
+
+
+def load_hf(folder: str, dtype: torch.dtype | Literal["auto"]) -> Any:
+    """transformers' own class, or ours for model_type openlm, on the CPU, in evaluation mode.
+
+    No code from the folder runs. Raises InputError where transformers is absent or cannot load it.
+    """
+    require_transformers()
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if _model_type(folder) == "openlm":
+        import openlm_lite.hf as registered
+
+        registered.OpenLMForCausalLM  # noqa: B018  (the first use registers it)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, local_files_only=True
+        ).eval()
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise InputError(f"{folder}: transformers cannot load this folder: {e}") from e
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _model_type(folder: str) -> str | None:
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            return json.load(f).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def require_transformers() -> None:
+    """Raises InputError with the install line where transformers is absent."""
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError('transformers is not installed: pip install "openlm-lite[hf]"')
