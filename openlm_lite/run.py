@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from openlm_lite.config import ConfigError, Tree, Value
 from openlm_lite.data.stream import DataConfig
 from openlm_lite.errors import InputError
 from openlm_lite.eval.loss import EvalConfig
+from openlm_lite.inherit import InitFrom
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.loss import LossConfig
 from openlm_lite.optim.build import OptimConfig
@@ -47,11 +48,26 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class RunModel(ModelConfig):
+    """The architecture, and the model that its first weights come from."""
+
+    init_from: InitFrom = field(default_factory=InitFrom)
+
+    def problems(self) -> list[str]:
+        return super().problems() + self.init_from.problems(self.n_layers)
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """What stays once the weights are there."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training run. The four sizes on top decide how much is trained, in which portions."""
 
     run: RunSettings
-    model: ModelConfig
+    model: RunModel
     data: DataConfig
     global_batch_tokens: int
     """tokens of one optimizer step, over all ranks and micro-batches"""
@@ -135,10 +151,14 @@ class RunConfig:
 def load_run(source: str, words: Sequence[str] = ()) -> RunConfig:
     """The run of a recipe (path, or name of a shipped one) with `a.b=c` words on top."""
     path = config.find_file(source, "recipes", ".yaml")
-    recipe, overrides = config.load_tree(path), config.override_tree(words)
+    recipe = with_init_path(config.load_tree(path))
+    overrides: Tree = {}
+    for word in words:  # one by one: a bare path and further words about it come in any order
+        overrides = config.merge(overrides, with_init_path(config.override_tree([word])))
     written, given = recipe.get("model"), overrides.get("model")
     base_given = isinstance(given, dict) and "base" in given
-    if base_given and isinstance(written, dict) and written and "base" not in written:
+    names = written.keys() - {"init_from"} if isinstance(written, dict) else ()
+    if base_given and names and "base" not in names:
         raise InputError(
             f"command line: model.base: {path} names every field of its architecture, and these "
             "win over a base; set model.… fields, or start from a recipe that has a model.base"
@@ -158,6 +178,18 @@ def load_model(words: Sequence[str]) -> ModelConfig:
         )
     node = tree.get("model", {})
     return config.decode(ModelConfig, node if isinstance(node, dict) else {})
+
+
+def with_init_path(tree: Tree) -> Tree:
+    """`model: {init_from: PATH}` as `{init_from: {path: PATH}}`; null as a mapping of nothing."""
+    node = tree.get("model")
+    given = node.get("init_from") if isinstance(node, dict) else None
+    if not isinstance(node, dict) or not isinstance(given, Value):
+        return tree
+    if given.value is not None and not isinstance(given.value, str):
+        return tree  # decoding says what is wrong with it
+    mapping: Tree = {} if given.value is None else {"path": given}
+    return {**tree, "model": {**node, "init_from": mapping}}
 
 
 def with_base_model(tree: Tree) -> Tree:

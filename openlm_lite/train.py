@@ -7,6 +7,7 @@ A run folder::
 
     run.dir/
       config.yaml       the resolved recipe: trains the same run on its own
+      init_from.json    the model that the first weights came from, if there is one
       metrics.jsonl     one record per step, one per validation
       log.txt           what the console said
       tokenizer.json    of the data, so that exports and generation have it
@@ -45,6 +46,7 @@ from openlm_lite.data.stream import (
 from openlm_lite.dist import World
 from openlm_lite.errors import InputError, RunError
 from openlm_lite.eval.loss import validation_loss
+from openlm_lite.inherit import Record, describe, first_weights, open_init_source
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
 from openlm_lite.optim.schedule import lr_at
@@ -69,30 +71,36 @@ def train(cfg: RunConfig) -> int:
     micro_batches = cfg.micro_batches(world_size)
     train_set, val_sets = open_data(cfg)
     folder = Path(cfg.run.dir).expanduser()
+    source = open_init_source(cfg.model.init_from, cfg.model.architecture, folder)
     make_deterministic(cfg)
 
     world = dist.init(cfg.run.device)
     with run_folder(cfg, folder, train_set) as stop:
         mesh = dist.data_parallel_mesh(world)
-        model = build_sharded_model(cfg.model, mesh, cfg.parallel, world.device, cfg.run.seed)
+        model = build_sharded_model(
+            cfg.model.architecture, mesh, cfg.parallel, world.device, cfg.run.seed
+        )
         optimizer = build_optimizer(model, cfg.optim)
 
         root = str(folder / "checkpoints")
         commit = checkpoint.latest_checkpoint(root)
         if commit is None:
             state = TrainState(step=0, tokens=0, next_sample=0)
+            origin = first_weights(model, cfg.model.init_from, source, folder)
         else:
             check_same_data(commit.facts, train_set)
+            origin = commit.facts.get("init_from")
             state = checkpoint.load_checkpoint(commit, model, optimizer)
+        del source  # and with it what it has open
         sinks = Sinks(cfg, folder, world, resume_step=-1 if commit is None else state.step)
-        sinks.banner(train_set, resumed=commit is not None)
+        sinks.banner(train_set, origin, resumed=commit is not None)
 
         def save(state: TrainState) -> None:
             documents = {
                 "config.yaml": run.resolved_yaml(cfg),
-                "model.json": run.model_json(cfg.model),
+                "model.json": run.model_json(cfg.model.architecture),
             }
-            facts = data_facts(train_set)
+            facts = data_facts(train_set) | ({"init_from": origin} if origin else {})
             path = checkpoint.save_checkpoint(
                 root, model, optimizer, state, documents=documents, facts=facts, cfg=cfg.checkpoint
             )
@@ -385,7 +393,7 @@ class Sinks:
         if self.file is not None:
             log.logger.info(message)
 
-    def banner(self, train_set: Dataset, resumed: bool) -> None:
+    def banner(self, train_set: Dataset, origin: Record | None, resumed: bool) -> None:
         cfg, world = self.cfg, self.world
         self.say(
             f"{log.human(cfg.model.n_params)} parameters, {cfg.steps} steps of "
@@ -396,6 +404,9 @@ class Sinks:
         )
         if resumed:
             self.say(f"resuming {cfg.run.dir}")
+        elif origin is not None:
+            for line in describe(origin, cfg.model.init_from):
+                self.say(line)
 
     def step(
         self, state: TrainState, losses: Losses, grad_norm: float, lr: float, clock: Clock
