@@ -293,7 +293,7 @@ def build_model(cfg: ModelConfig, weights: Mapping[str, torch.Tensor]) -> Transf
     """The model with these weights, fp32, on the CPU, in evaluation mode; once in memory."""
     with torch.device("meta"):
         model = Transformer(cfg)
-    model.load_state_dict({name: weights[name] for name in weights}, assign=True)
+    model.load_state_dict({name: weights[name].float() for name in weights}, assign=True)
     return model.eval()
 
 

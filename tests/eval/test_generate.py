@@ -20,7 +20,8 @@ from openlm_lite.eval.generate import (
     generate_text,
     stream_text,
 )
-from openlm_lite.hf.convert import export_checkpoint, load_native, write_native
+from openlm_lite.hf.compare import load_hf
+from openlm_lite.hf.export import export_checkpoint
 from openlm_lite.model.transformer import Transformer
 from tests.tiny_run import TEXT, save_tiny_run, tiny_config, tiny_model, tiny_tokenizer
 
@@ -64,8 +65,9 @@ def test_greedy_generation_equals_without_cache_and_transformers_token_for_token
     prompt = tokenizer.encode(TEXT[:30]).tolist()
     ours = generate(model, prompt, max_new_tokens=30)
     assert ours == greedy_without_cache(model, prompt, 30)
-    write_native(str(tmp_path), model, tokenizer)
-    native = load_native(str(tmp_path), torch.float32)
+    run = save_tiny_run(tmp_path / "run", model, tokenizer)
+    export_checkpoint(str(run), str(tmp_path / "hf"))
+    native = load_hf(str(tmp_path / "hf"), torch.float32)
     tokens_BT = torch.tensor([prompt])
     theirs = native.generate(
         tokens_BT,
