@@ -2,16 +2,16 @@
 
 python examples/dclm_model_card.py FOLDER
 """
+# ruff: noqa: F403, I001  (the card's import and order)
 
 import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from openlm_lite.hf import *
+from transformers import AutoTokenizer, AutoModelForCausalLM
 
-from openlm_lite.hf import *  # noqa: F403  (instead of: from open_lm.hf import *)
-
-folder = sys.argv[1]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
+FOLDER = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
 
 inputs = tokenizer(["Machine learning is"], return_tensors="pt")
 gen_kwargs = {

@@ -27,7 +27,6 @@ K kv heads, H head_dim, R rotary_dim (the features of a head that are turned).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -218,15 +217,15 @@ def attention_mask_of(
 
     T, device = x_BTD.shape[1], x_BTD.device
     start = cache.get_seq_length() if cache is not None else 0  # of a static cache: a tensor
-    S = cache.get_mask_sizes(T, 0)[0] if cache is not None else T
-    is_growing = isinstance(start, int) and start + T == S
-    if given is not None and (given.shape[-1] > S or (is_growing and given.shape[-1] != S)):
+    static = cache if cache is not None and cache.is_compileable else None
+    S = start + T if static is None else static.get_mask_sizes(T, 0)[0]
+    if given is not None and (given.shape[-1] > S or (static is None and given.shape[-1] != S)):
         raise ValueError(
             f"attention_mask covers {given.shape[-1]} positions, must cover all {S}: "
             f"those in the cache and the {T} new ones"
         )
     is_padded = _has_padding(given)
-    if backend == "sdpa" and not is_alibi and not is_padded and is_growing and T in (1, S):
+    if backend == "sdpa" and not is_alibi and not is_padded and static is None and T in (1, S):
         return None  # sdpa is causal by itself, or the one new position sees everything
 
     query_T, key_S = start + torch.arange(T, device=device), torch.arange(S, device=device)
@@ -277,11 +276,12 @@ def eager_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(Q K^T scaling + mask) V as [B, T, N, H], and the softmax, which is in fp32."""
+    """softmax(Q K^T scaling + mask) V as [B, T, N, H], and the softmax, taken in fp32."""
     groups = q_BNTH.shape[1] // k_BKSH.shape[1]
     k_BNSH, v_BNSH = (t.repeat_interleave(groups, dim=1) for t in (k_BKSH, v_BKSH))
     scores_BNTS = q_BNTH @ k_BNSH.transpose(2, 3) * scaling + attention_mask
-    weights_BNTS = scores_BNTS.softmax(dim=-1, dtype=torch.float32).to(q_BNTH.dtype)
+    precise = torch.promote_types(q_BNTH.dtype, torch.float32)
+    weights_BNTS = scores_BNTS.softmax(dim=-1, dtype=precise).to(q_BNTH.dtype)
     return (weights_BNTS @ v_BNSH).transpose(1, 2), weights_BNTS
 
 
@@ -329,9 +329,8 @@ class OpenLMAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attend: Callable[..., Any] = eager_attention
-        if config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+        # transformers looks for this very call: without it, set_attn_implementation only warns
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
         y_BTNH, weights = attend(self, q, k, v, mask, scaling=self.scaling, **kwargs)
         return self.out_proj(y_BTNH.reshape(B, T, -1)), weights
 
