@@ -1,6 +1,6 @@
 """Every architecture of openlm_lite, and OpenLM's own, as transformers classes in one file.
 
-The file travels with the weights (beside `openlm_fields.py`), and needs torch and transformers.
+The file travels with the weights (beside `openlm_fields.py`); it needs torch and transformers 5.
 Parameters have the names of OpenLM's Hugging Face export, so that released weights load unchanged:
 
     model.tok_embeddings.weight                              [V, D]
@@ -81,8 +81,7 @@ class OpenLMConfig(PretrainedConfig):
             setattr(self, name, value)
         rest = {k: v for k, v in kwargs.items() if k not in fields and k not in OPENLM_KEYS}
         rest.setdefault("auto_map", dict(AUTO_MAP))
-        # transformers 4 would set its own default
-        super().__init__(**rest, **{"tie_word_embeddings": fields["tie_embeddings"]})
+        super().__init__(**rest)
 
     @property
     def rotary_dim(self) -> int:
@@ -329,8 +328,9 @@ class OpenLMAttention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        # transformers looks for this very call: without it, set_attn_implementation only warns
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
+        # transformers reads the source for this call: without it set_attn_implementation only warns
+        backend = config._attn_implementation or "eager"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention)
         y_BTNH, weights = attend(self, q, k, v, mask, scaling=self.scaling, **kwargs)
         return self.out_proj(y_BTNH.reshape(B, T, -1)), weights
 

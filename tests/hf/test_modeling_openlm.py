@@ -372,6 +372,16 @@ def test_a_mask_of_four_dimensions_is_taken_as_it_is() -> None:
         assert distance(packed, apart) <= TOLERANCE
 
 
+def test_the_backend_can_be_changed_on_a_loaded_model() -> None:
+    model, ids = tiny("sdpa"), tokens(97, 2, 7)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.set_attn_implementation("eager")
+        out = model(ids, output_attentions=True)
+    assert len(out.attentions) == 2
+    assert distance(out.logits, before) <= TOLERANCE
+
+
 # --- what a forward pass gives -------------------------------------------------------------------
 
 
