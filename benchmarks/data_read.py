@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from openlm_lite.data.dataset import open_dataset
 from openlm_lite.data.manifest import (
     DatasetInfo,
     ShardEntry,
@@ -44,7 +45,7 @@ from openlm_lite.data.manifest import (
     manifest_text,
 )
 from openlm_lite.data.shards import npy_dtype, write_shard
-from openlm_lite.data.stream import TokenStream, open_dataset, train_batches
+from openlm_lite.data.stream import TokenStream, train_batches
 
 BLOCK_TOKENS = 65_536
 BLOCKS_PER_SHARD = 256

@@ -9,9 +9,10 @@ from typing import Any
 from openlm_lite import run
 from openlm_lite.checkpoint import resolve_checkpoint
 from openlm_lite.commit import COMMIT_NAME, DamagedError, check_contents, read_commit, step_folders
+from openlm_lite.data.dataset import open_dataset
 from openlm_lite.data.inspect import inspect_dataset, inspect_step
 from openlm_lite.data.manifest import MANIFEST_NAME
-from openlm_lite.data.stream import TokenStream, open_dataset
+from openlm_lite.data.stream import TokenStream
 from openlm_lite.errors import InputError
 from openlm_lite.log import read_metrics
 

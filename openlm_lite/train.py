@@ -33,16 +33,9 @@ from torch import Tensor
 from openlm_lite import checkpoint, dist, log, metrics, run, storage
 from openlm_lite.checkpoint import TrainState
 from openlm_lite.commit import DamagedError, read_commit, step_folders
+from openlm_lite.data.dataset import Dataset, check_fits_model, open_dataset
 from openlm_lite.data.order import ORDER_VERSION
-from openlm_lite.data.stream import (
-    Batch,
-    Dataset,
-    TokenStream,
-    check_fits_model,
-    open_dataset,
-    train_batches,
-    val_batches,
-)
+from openlm_lite.data.stream import Batch, TokenStream, train_batches, val_batches
 from openlm_lite.dist import World
 from openlm_lite.errors import InputError, RunError
 from openlm_lite.eval.loss import validation_loss

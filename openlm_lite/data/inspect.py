@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from openlm_lite import storage
+from openlm_lite.data.dataset import Dataset, load_dataset, open_dataset
 from openlm_lite.data.order import ORDER_VERSION
 from openlm_lite.data.shards import open_shard
-from openlm_lite.data.stream import Dataset, TokenStream, load_dataset, open_dataset
+from openlm_lite.data.stream import TokenStream
 from openlm_lite.data.tokenizer import load_tokenizer
 from openlm_lite.errors import InputError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from openlm_lite.data.dataset import open_dataset
 from openlm_lite.data.manifest import dtype_for, load_info, load_manifest
-from openlm_lite.data.stream import open_dataset
 from openlm_lite.errors import InputError
 
 LINE = {"shard": "shard-000000", "num_sequences": 1, "num_tokens": 64, "bytes": 9, "crc32": 3}

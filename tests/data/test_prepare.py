@@ -20,10 +20,11 @@ import pytest
 
 from openlm_lite.data import prepare as prepare_module
 from openlm_lite.data import spill
+from openlm_lite.data.dataset import open_dataset
 from openlm_lite.data.inspect import inspect_dataset, inspect_step
 from openlm_lite.data.plan import PrepareConfig
 from openlm_lite.data.prepare import prepare
-from openlm_lite.data.stream import TokenStream, open_dataset
+from openlm_lite.data.stream import TokenStream
 from openlm_lite.data.tokenizer import load_tokenizer, train_bpe
 from openlm_lite.errors import InputError
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from openlm_lite.data.dataset import open_dataset
 from openlm_lite.data.shards import npy_dtype, shard_bytes, write_shard
-from openlm_lite.data.stream import open_dataset
 from openlm_lite.errors import InputError
 
 

@@ -13,16 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from openlm_lite.data.stream import (
-    IGNORE_INDEX,
-    Batch,
-    Dataset,
-    TokenStream,
-    check_fits_model,
-    open_dataset,
-    train_batches,
-    val_batches,
-)
+from openlm_lite.data.dataset import Dataset, check_fits_model, open_dataset
+from openlm_lite.data.stream import IGNORE_INDEX, Batch, TokenStream, train_batches, val_batches
 from openlm_lite.errors import InputError
 
 SHARED = settings(
