@@ -1,12 +1,14 @@
 """Do two forms of a model compute the same? Both run on the same tokens, one after the other, so
-that only one of them is in memory."""
+that only one of them is in memory, once: transformers takes the tensors from us one by one, for
+its own way maps the files and holds besides what it makes of them (the experts of OLMoE)."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from openlm_lite.errors import InputError
 from openlm_lite.hf.source import build_model
+from openlm_lite.hf.weights import Weights, open_weights
 from openlm_lite.model.config import ModelConfig
 
 # A wrong mapping changes logits by about their own size, fp32 arithmetic by 1e-6 of it.
@@ -38,7 +41,7 @@ def our_logits(cfg: ModelConfig, weights: Mapping[str, Tensor]) -> Tensor:
 @torch.inference_mode()
 def their_logits(folder: str, cfg: ModelConfig) -> Tensor:
     """The same of the class that transformers loads for `folder`, its weights taken as fp32."""
-    model = load_hf(folder, torch.float32)
+    model = load_hf(folder, torch.float32, weights=open_weights(folder))
     return model(probe_tokens(cfg.vocab_size, cfg.max_seq_len), use_cache=False).logits
 
 
@@ -57,28 +60,61 @@ def difference(ours: Tensor, theirs: Tensor, what: str) -> float:
     return found
 
 
-def load_hf(folder: str, dtype: torch.dtype | Literal["auto"]) -> Any:
+def load_hf(
+    folder: str, dtype: torch.dtype | Literal["auto"], weights: Weights | None = None
+) -> Any:
     """transformers' own class, or ours for model_type openlm, on the CPU, in evaluation mode.
 
-    No code from the folder runs. Raises InputError where transformers is absent or cannot load it.
+    No code from the folder runs. With `weights` its tensors are taken from there, one at a time.
+    Raises InputError where transformers is absent or cannot load it.
     """
     require_transformers()
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if _model_type(folder) == "openlm":
         import openlm_lite.hf as registered
 
         registered.OpenLMForCausalLM  # noqa: B018  (the first use registers it)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    plain = {"trust_remote_code": False, "local_files_only": True}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, local_files_only=True
-        ).eval()
+        with _quiet_and_in_order():
+            if weights is None:
+                return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **plain).eval()
+            config = AutoConfig.from_pretrained(folder, **plain)
+            with torch.device("meta"):
+                made = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            tensors = {name: _Unread(weights, name) for name in weights}
+            return made.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors).eval()
     except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise InputError(f"{folder}: transformers cannot load this folder: {e}") from e
+
+
+class _Unread:
+    """A tensor that is read when it is taken, like the slices that transformers makes of a file."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self._weights, self._name = weights, name
+
+    def __getitem__(self, everything: Any) -> Tensor:
+        return self._weights[self._name][everything]
+
+
+@contextmanager
+def _quiet_and_in_order() -> Iterator[None]:
+    """Without progress bars, and without the threads that read all tensors ahead of their use."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    ahead = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    logging.disable_progress_bar()
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    try:
+        yield
     finally:
+        if ahead is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = ahead
         if shown:
             logging.enable_progress_bar()
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from openlm_lite.data.tokenizer import Tokenizer
 from openlm_lite.errors import InputError
@@ -27,6 +24,7 @@ from openlm_lite.hf.convert import to_class
 from openlm_lite.hf.native import BY_CLASS, best_fit, fit, write_config
 from openlm_lite.hf.openlm_fields import AUTO_MAP
 from openlm_lite.hf.rewrite import Rewrite
+from openlm_lite.hf.safetensors_file import write_safetensors
 from openlm_lite.hf.source import (
     ARCHITECTURE_KEY,
     OPENLM,
@@ -174,7 +172,7 @@ def write_weights(
 ) -> None:
     """model.safetensors, or above `max_shard_bytes` numbered files and their index.
 
-    One file's tensors are in memory at a time.
+    One tensor is in memory at a time.
     """
     plan = _shards(weights, dtype.itemsize, max_shard_bytes)
     n = len(plan)
@@ -184,25 +182,12 @@ def write_weights(
         else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     )
     for file, names in zip(files, plan, strict=True):
-        path = os.path.join(folder, file)
-        tensors = dict(_checked(weights, names, dtype))
-        save_file(tensors, f"{path}.part", metadata={"format": "pt"})
-        _settle(f"{path}.part", path)
+        write_safetensors(os.path.join(folder, file), names, weights, weights.shapes, dtype)
     if n > 1:
         weight_map = {name: file for file, names in zip(files, plan, strict=True) for name in names}
         total = sum(_numel(shape) for shape in weights.shapes.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(os.path.join(folder, "model.safetensors.index.json"), index)
-
-
-def _checked(
-    weights: Weights, names: list[str], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        tensor = weights[name]
-        assert tuple(tensor.shape) == tuple(weights.shapes[name]), name
-        # a copy: two names of one storage would be refused, a view would be written whole
-        yield name, torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
 
 
 def _shards(weights: Weights, itemsize: int, max_bytes: int) -> list[list[str]]:
@@ -221,19 +206,6 @@ def _shards(weights: Weights, itemsize: int, max_bytes: int) -> list[list[str]]:
 
 def _numel(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
-
-
-def _settle(written: str, final: str) -> None:
-    """Rename, on disk, and with the mode that the umask gives: safetensors makes files 0600."""
-    with open(final, "xb"):
-        mode = os.stat(final).st_mode & 0o777
-    os.chmod(written, mode)
-    descriptor = os.open(written, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(written, final)
 
 
 # --- the verb ------------------------------------------------------------------------------------

@@ -1,18 +1,19 @@
-"""safetensors files: the header checked at opening, then the bytes of one tensor at a time.
+"""safetensors files, read and written one tensor at a time; the header is checked at opening.
 
     8 bytes: length of the header | header: JSON | data
     {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, "__metadata__": …}
 
-Read here and not through the library: that one maps the whole file, and what was read of it counts
-as resident memory; here the bytes of a tensor go straight to where they stay.
+Done here and not through the library: that one maps the whole file to read it, and what was read
+counts as resident memory; and it takes all tensors at once to write them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,35 @@ def open_safetensors(path: str) -> tuple[dict[str, Shape], Callable[[str], Tenso
         return flat.view(entry.dtype).reshape(entry.shape)
 
     return {name: entry.shape for name, entry in entries.items()}, read
+
+
+def write_safetensors(
+    path: str,
+    names: Iterable[str],
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, Shape],
+    dtype: torch.dtype,
+) -> None:
+    """Write the new file `path`, on disk on return; each tensor is read and cast in its turn.
+
+    Raises FileExistsError, and OSError where writing fails; what was written is left then.
+    """
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, end = end, end + math.prod(shapes[name]) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at multiples of 8 bytes
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in list(header)[1:]:
+            tensor = tensors[name].to(dtype).contiguous()
+            assert tuple(tensor.shape) == tuple(shapes[name]), name
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read_header(path: str) -> tuple[dict[str, _Entry], int]:

@@ -335,7 +335,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(export, "write_safetensors", full)
     with pytest.raises(OSError, match="No space left"):
         export_checkpoint(str(run), str(tmp_path / "hf"))
     assert os.listdir(tmp_path) == ["run"]
