@@ -10,6 +10,8 @@ BIN := .venv/bin
 # one install for every group of packages; redone when the project's needs change
 CONSTRAINTS := $(if $(TORCH),.venv/constraints.txt,constraints.txt)
 STAMP = .venv/installed-$(1)
+# each test process uses one thread
+WORKERS := -n auto --maxprocesses=8
 
 .PHONY: quickstart test slow check clean
 
@@ -17,7 +19,7 @@ quickstart: $(call STAMP,quickstart)
 	examples/quickstart.sh
 
 test: $(call STAMP,dev)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) $(ARGS)
 
 slow: $(call STAMP,dev)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from openlm_lite import dist
@@ -367,26 +367,6 @@ def _fresh_optimizer_tensors(
     tensors = optimizer_tensors(model, optimizers)
     compare_tensors(path, metadata, tensors, "optim.")
     return tensors
-
-
-def read_model_weights(path: str) -> dict[str, torch.Tensor]:
-    """All weights, whole and on the CPU, by parameter name; one process, no process group.
-
-    Raises InputError for a damaged or hostile checkpoint.
-    """
-    check_local_path(path)
-    commit = verified_commit(path)
-    metadata = metadata_of(commit)
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    try:
-        read_tensors(path, metadata, tensors, alone=True)
-    except TransferError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def read_document(path: str, name: str) -> str:

@@ -278,14 +278,6 @@ def model_json(model: ModelConfig) -> str:
     return json.dumps(config.to_plain(model), indent=2) + "\n"
 
 
-def parse_model_json(text: str, origin: str) -> ModelConfig:
-    """The architecture of a `model.json` document."""
-    plain = config.parse_yaml(text, origin)
-    if not isinstance(plain, dict):
-        raise InputError(f"{origin}: holds no mapping")
-    return config.decode(ModelConfig, config.to_tree(plain, origin))
-
-
 # What a resumed run may change: none of it decides which model comes out (up to rounding).
 MAY_CHANGE_ON_RESUME = (
     "run.dir",

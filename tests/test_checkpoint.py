@@ -22,12 +22,12 @@ from openlm_lite.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     read_document,
-    read_model_weights,
     resolve_checkpoint,
     save_checkpoint,
 )
 from openlm_lite.commit import read_commit
 from openlm_lite.errors import InputError
+from openlm_lite.hf.weights import checkpoint_weights
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -205,13 +205,13 @@ def test_names_do_not_depend_on_compilation_or_activation_checkpointing(
     load_checkpoint(str(path), wrapped, wrapped_optimizer)
     assert same(tensors_of(wrapped, wrapped_optimizer), tensors_of(model, optimizer))
     again = save(tmp_path / "wrapped", wrapped, wrapped_optimizer, 3)
-    assert read_model_weights(str(again)).keys() == dict(model.named_parameters()).keys()
+    assert dict(checkpoint_weights(str(again))).keys() == dict(model.named_parameters()).keys()
 
 
 def test_weights_and_documents_are_read_without_a_model(tmp_path: Path, trained: Trained) -> None:
     model, optimizer = trained
     path = str(save(tmp_path, model, optimizer, 3))
-    weights = read_model_weights(path)
+    weights = dict(checkpoint_weights(path))
     assert weights.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
     assert {name: read_document(path, name) for name in DOCUMENTS} == DOCUMENTS

@@ -24,10 +24,10 @@ from openlm_lite.checkpoint import (
     TrainState,
     latest_checkpoint,
     load_checkpoint,
-    read_model_weights,
     save_checkpoint,
 )
 from openlm_lite.errors import InputError
+from openlm_lite.hf.weights import checkpoint_weights
 from openlm_lite.safe_dcp import decode_metadata
 
 
@@ -79,7 +79,7 @@ def refuse_everywhere(path: Path, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_checkpoint(str(path), model, optimizer)
     with pytest.raises(InputError, match=message):
-        read_model_weights(str(path))
+        dict(checkpoint_weights(str(path)))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not optimizer.state
 
@@ -139,7 +139,7 @@ def test_a_bomb_in_the_place_of_a_tensor_does_not_go_off(tmp_path: Path, path: P
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     reseal(path)
     with pytest.raises(InputError, match="Weights only load failed"):
-        read_model_weights(str(path))
+        dict(checkpoint_weights(str(path)))
     with pytest.raises(CheckpointError, match="Weights only load failed"):
         load_checkpoint(str(path), build()[0], None)
     assert not (tmp_path / "boom").exists()
@@ -179,4 +179,4 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_put_aside(
 def test_file_names_in_a_commit_cannot_leave_the_folder(tmp_path: Path, path: Path) -> None:
     reseal(path, lambda body: body["files"].update({"../../etc/passwd": [1, 1]}))
     with pytest.raises(InputError, match="not a plain file name"):
-        read_model_weights(str(path))
+        dict(checkpoint_weights(str(path)))

@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from openlm_lite.checkpoint import read_model_weights, resolve_checkpoint
+from openlm_lite.checkpoint import resolve_checkpoint
 from openlm_lite.cli import main
 from openlm_lite.commit import read_commit, step_folders
 from openlm_lite.config import to_plain
+from openlm_lite.hf.source import read_model_config
+from openlm_lite.hf.weights import checkpoint_weights
 from openlm_lite.log import read_metrics
 from openlm_lite.model.init import init_weights
 from openlm_lite.model.transformer import Transformer
-from openlm_lite.run import load_run, parse_model_json
+from openlm_lite.run import load_run
 from tests.train_server import TrainServer
 
 SHORT = ["total_steps=4", "checkpoint.every_steps=2", "eval.every_steps=2"]
@@ -29,7 +31,7 @@ STILL = [*PLAIN, "optim.lr=1e-30", "total_steps=1"]
 
 
 def weights_of(run: Path) -> dict[str, Tensor]:
-    return read_model_weights(resolve_checkpoint(str(run)))
+    return dict(checkpoint_weights(resolve_checkpoint(str(run))))
 
 
 def measured(run: Path) -> list[dict[str, Any]]:
@@ -152,8 +154,7 @@ def test_the_origin_is_kept_in_the_run_and_in_every_checkpoint(
     assert len(folders) == 2
     for folder in folders:
         assert read_commit(folder).facts["init_from"] == record
-        text = (Path(folder) / "model.json").read_text()
-        assert parse_model_json(text, "model.json") == cfg.model.architecture
+        assert read_model_config(folder) == cfg.model.architecture
     assert "weights from " + newest in (run / "log.txt").read_text()
     assert main(["inspect", folders[0], "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["init_from"] == record

@@ -14,7 +14,7 @@ from openlm_lite.cli import main
 from openlm_lite.errors import InputError
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.optim.schedule import lr_at
-from openlm_lite.run import derived, load_model, load_run, parse_model_json
+from openlm_lite.run import derived, load_model, load_run
 
 RECIPES = sorted(p.stem for p in config.assets("recipes").glob("*.yaml"))
 ARCHITECTURES = sorted(p.stem for p in config.assets("model_configs").glob("*.json"))
@@ -34,7 +34,7 @@ def test_every_shipped_architecture_is_complete(name: str) -> None:
     plain.pop("comment", None)
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     assert plain.keys() == fields
-    assert parse_model_json(json.dumps(plain), name) == load_model([f"model.base={name}"])
+    assert ModelConfig(**plain) == load_model([f"model.base={name}"])
 
 
 def test_published_parameter_counts() -> None:

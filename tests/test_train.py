@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from openlm_lite import train as train_module
-from openlm_lite.checkpoint import read_model_weights, resolve_checkpoint
+from openlm_lite.checkpoint import resolve_checkpoint
 from openlm_lite.cli import main
+from openlm_lite.hf.weights import checkpoint_weights
 from openlm_lite.log import read_metrics
 from tests.train_server import ROOT, TrainServer
 
@@ -36,7 +37,7 @@ def losses(run: Path) -> list[float]:
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    return read_model_weights(resolve_checkpoint(str(run)))
+    return dict(checkpoint_weights(resolve_checkpoint(str(run))))
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -115,17 +116,26 @@ def kill_and_resume(
     assert server.train(*words, world=world)["codes"] == [0] * world
 
 
-def count_events(server: TrainServer, recipe: Path, run: Path) -> list[int]:
-    done = server.train(str(recipe), f"run.dir={run}", world=2)
+@pytest.fixture(scope="module")
+def events(
+    train_server: TrainServer, toy_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[int]:
+    """How many instants for a kill each of two ranks passes."""
+    run = tmp_path_factory.mktemp("count") / "r"
+    done = train_server.train(str(toy_recipe), f"run.dir={run}", world=2)
     assert done["codes"] == [0, 0]
     return done["events"]
 
 
-@pytest.mark.parametrize("tries", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_kill_at_any_instant_leaves_no_trace(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path, tries: int
+    train_server: TrainServer,
+    toy_recipe: Path,
+    tmp_path: Path,
+    reference: Path,
+    events: list[int],
+    tries: int,
 ) -> None:
-    events = count_events(train_server, toy_recipe, tmp_path / "count")
     rng = random.Random(tries)
     for i in range(tries):
         rank = rng.randrange(2)
@@ -136,21 +146,27 @@ def test_a_kill_at_any_instant_leaves_no_trace(
 
 
 def test_resume_on_fewer_ranks_keeps_the_batches_and_the_losses(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
+    train_server: TrainServer,
+    toy_recipe: Path,
+    tmp_path: Path,
+    reference: Path,
+    events: list[int],
 ) -> None:
     words = [str(toy_recipe), f"run.dir={tmp_path / 'r'}"]
-    events = count_events(train_server, toy_recipe, tmp_path / "count")
     train_server.train(*words, world=2, kill=(0, events[0] * 2 // 3))
     assert train_server.train(*words, world=1)["codes"] == [0]
     assert losses(tmp_path / "r") == pytest.approx(losses(reference), rel=1e-6)
 
 
 def test_a_resumed_run_may_move_its_data_and_change_its_validation(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
+    train_server: TrainServer,
+    toy_recipe: Path,
+    tmp_path: Path,
+    reference: Path,
+    events: list[int],
 ) -> None:
     run, data = tmp_path / "r", tmp_path / "moved"
     words = [str(toy_recipe), f"run.dir={run}"]
-    events = count_events(train_server, toy_recipe, tmp_path / "count")
     train_server.train(*words, world=2, kill=(0, events[0] * 2 // 3))
     data.symlink_to(toy_recipe.parent / "data" / "train")
     done = train_server.train(*words, f"data.train={data}", "data.val={}", world=2)

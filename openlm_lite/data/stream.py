@@ -76,10 +76,6 @@ class TokenStream:
         # a batch across two windows must not close the shards that the next one needs
         dataset.max_open_shards = max(dataset.max_open_shards, 2 * shuffle_shards)
 
-    def epoch_of(self, index: int) -> int:
-        """The epoch (from 0) in which sample `index` lies."""
-        return index // self.rows_per_epoch
-
     def locate(self, index: int) -> tuple[int, int, int, int]:
         """(epoch, shard, block within the shard, row within the block) of sample `index`."""
         places = self._order.locate(np.array([index]))

@@ -29,7 +29,6 @@ from openlm_lite.hf.source import (
     ARCHITECTURE_KEY,
     OPENLM,
     Source,
-    architecture_record,
     find_tokenizer,
     open_source,
 )
@@ -133,7 +132,7 @@ def config_of(
     if form.is_native:
         config = write_config(BY_CLASS[form.hf_class], form.cfg)
         if form.cfg != original:
-            config[ARCHITECTURE_KEY] = architecture_record(original)
+            config[ARCHITECTURE_KEY] = {"architecture": asdict(original)}
     else:
         config = {"architectures": [OPENLM], "model_type": "openlm", "auto_map": AUTO_MAP}
         config |= asdict(form.cfg)

@@ -34,7 +34,7 @@ def fit(cfg: ModelConfig, family: Family) -> Fit:
         wanted = family.adjust(target).get(name)
         if wanted is not None and wanted != value:
             allowed = (wanted,)
-        if allowed is None or value in allowed or not _is_read(target, name):
+        if allowed is None or value in allowed or not is_read(target, name):
             continue
         steps = (rewrite(target, name, other) for other in allowed)
         step = next((s for s in steps if s is not None), None)
@@ -51,7 +51,7 @@ def fit(cfg: ModelConfig, family: Family) -> Fit:
 _REWRITTEN_FIRST = ("rope_style", "embedding_norm", "norm")
 
 
-def _is_read(cfg: ModelConfig, name: str) -> bool:
+def is_read(cfg: ModelConfig, name: str) -> bool:
     """Whether the field plays a part in what the model computes."""
     if name in ("rope_theta", "rotary_pct", "rope_style", "rope_freq_dtype"):
         return cfg.positions == "rope"

@@ -25,7 +25,6 @@ from openlm_lite.config import (
     find_file,
     load_tree,
     parse_yaml,
-    to_plain,
     to_tree,
 )
 from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +32,7 @@ from openlm_lite.errors import InputError
 from openlm_lite.hf.convert import from_class
 from openlm_lite.hf.families import BY_CLASS, BY_MODEL_TYPE
 from openlm_lite.hf.layouts import parameter_shapes
-from openlm_lite.hf.native import best_fit, fit, read_config
+from openlm_lite.hf.native import best_fit, fit, is_read, read_config
 from openlm_lite.hf.openlm_fields import model_fields
 from openlm_lite.hf.rewrite import CannotUndoError
 from openlm_lite.hf.weights import Weights, checkpoint_weights, open_weights
@@ -184,15 +183,9 @@ def _as_it_was(source: Source, config: Mapping[str, Any], place: str) -> Source:
     return replace(source, cfg=original, weights=weights)
 
 
-def _as_held(cfg: ModelConfig) -> ModelConfig:
-    """Without the fields that nothing reads."""
-    unread: dict[str, Any] = {}
-    if cfg.positions != "rope":
-        unread |= {"rope_theta": 1.0, "rotary_pct": 1.0}
-        unread |= {"rope_style": "half", "rope_freq_dtype": "fp32"}
-    if cfg.positions != "alibi":
-        unread["alibi_bias_max"] = 8.0
-    return replace(cfg, **unread)
+def _as_held(cfg: ModelConfig) -> dict[str, Any]:
+    """The fields that something reads."""
+    return {name: value for name, value in vars(cfg).items() if is_read(cfg, name)}
 
 
 def _openlm_architecture(config: Mapping[str, Any], place: str) -> ModelConfig:
@@ -301,11 +294,6 @@ def read_model(path: str) -> Transformer:
     """The model at `path`, as `build_model`."""
     source = open_source(path)
     return build_model(source.cfg, source.weights)
-
-
-def architecture_record(cfg: ModelConfig) -> dict[str, Any]:
-    """What config.json keeps of an architecture that the class holds in another form."""
-    return {"architecture": to_plain(cfg)}
 
 
 def find_tokenizer(folder: str, spec: str | None, vocab_size: int) -> Tokenizer:

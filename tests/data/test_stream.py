@@ -107,7 +107,7 @@ def test_resume_with_another_batch_size_goes_on_with_the_next_sample(
 
 def test_the_epoch_is_known_for_every_sample(dataset: Dataset) -> None:
     stream = TokenStream(dataset, 16, seed=0, shuffle_shards=2)
-    assert [stream.epoch_of(i) for i in (0, 35, 36, 72)] == [0, 0, 1, 2]
+    assert [stream.locate(i)[0] for i in (0, 35, 36, 72)] == [0, 0, 1, 2]
     assert stream.locate(36)[0] == 1
 
 
