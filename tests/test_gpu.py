@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,6 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from openlm_lite.model import attention
+from openlm_lite.model.attention import FlexMask
+from openlm_lite.model.loss import LossSums
+from tests.model.test_document_mask import gradients, random_documents
+from tests.model.test_transformer import TINY, build
 from tests.test_train import final_weights, losses, same_weights
 from tests.train_server import ROOT
 
@@ -49,6 +55,51 @@ def test_a_resumed_run_is_bit_identical_when_deterministic(
     train(toy_recipe, tmp_path / "parts", *words)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+@pytest.mark.filterwarnings("default")  # torch.compile warns about its own inner workings
+@pytest.mark.parametrize("positions", ["rope", "alibi", "learned", "none"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"]
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flex_attention_equals_the_whole_mask(
+    monkeypatch: pytest.MonkeyPatch,
+    positions: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    compiled: bool,
+) -> None:
+    cfg = dataclasses.replace(TINY, head_dim=48, max_seq_len=512, positions=positions)
+    tokens = torch.randint(50, (3, 301), generator=torch.Generator().manual_seed(0)).cuda()
+    doc_ids = random_documents(3, 300, 0.02).cuda()
+    assert isinstance(attention.document_mask(cfg, doc_ids, dtype), FlexMask)
+    found = []
+    for flex in (True, False):
+        monkeypatch.setattr(attention, "uses_flex", lambda cfg, device, flex=flex: flex)
+        model = build(cfg).to("cuda", dtype)
+        if compiled and flex:
+            for block in model.layers:
+                block.compile()
+        sums = model(tokens[:, :-1], tokens[:, 1:], doc_ids_BT=doc_ids)
+        assert isinstance(sums, LossSums)
+        sums.total.backward()
+        found.append((sums.ce.float() / sums.n_targets, gradients(model)))
+    (loss, grads), (expected_loss, expected) = found
+    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=tolerance)
+    for name, grad in grads.items():
+        difference = (grad.float() - expected[name].float()).norm()
+        assert difference <= tolerance * expected[name].float().norm(), name
+
+
+@pytest.mark.parametrize("words", [[], ["parallel.compile=true"]])
+def test_document_masking_trains_alike_with_flex_attention_and_with_a_mask(
+    toy_recipe: Path, tmp_path: Path, words: list[str]
+) -> None:
+    words = ["data.document_masking=true", "model.head_dim=16", *words]
+    train(toy_recipe, tmp_path / "flex", *words)
+    train(toy_recipe, tmp_path / "cpu", "run.device=cpu", *words[:2])
+    assert losses(tmp_path / "flex") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

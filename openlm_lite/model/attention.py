@@ -1,13 +1,18 @@
-"""Causal grouped-query attention, its mask, and the cache of keys and values for generation.
+"""Causal grouped-query attention, its masks, and the cache of keys and values for generation.
 
-Shapes: B batch, T position, S all positions seen, N query heads, K kv heads, H head_dim.
+Shapes: B batch, T position, S all positions seen, N query heads, K kv heads, H head_dim,
+J blocks of positions.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from openlm_lite.errors import InputError
 from openlm_lite.model import eager
@@ -45,26 +50,66 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
-def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None) -> Tensor:
+class FlexMask(NamedTuple):
+    """What FlexAttention takes instead of a mask of T x S numbers."""
+
+    blocks: BlockMask
+    slopes_N: Tensor | None
+    """ALiBi's; None without"""
+
+
+Mask = Tensor | FlexMask
+
+
+def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask | None) -> Tensor:
     """Softmax attention, causal where no mask is given; N is a multiple of K.
 
-    A mask is boolean [T, S], or [N, T, S] and added to the scores.
+    A mask is boolean ([T, S], or [B, 1, T, S] by document), or added to the scores ([N, T, S], or
+    [B, N, T, S] by document), or a FlexMask.
     """
     grouped = k_BKSH.shape[1] != q_BNTH.shape[1]
+    if isinstance(mask, FlexMask):
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        score_mod = None if mask.slopes_N is None else _alibi_score_mod(mask.slopes_N)
+        return flex(  # pyright: ignore[reportReturnType]
+            q_BNTH,
+            k_BKSH,
+            v_BKSH,
+            score_mod=score_mod,
+            block_mask=mask.blocks,
+            enable_gqa=grouped,
+        )
     on_cpu = q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.float32
-    if mask is None and on_cpu and q_BNTH.requires_grad:
-        return _train_on_cpu(q_BNTH, k_BKSH, v_BKSH)  # pyright: ignore[reportCallIssue]
+    ours = mask is None or (mask.dtype == torch.bool and mask.dim() == 4)
+    if ours and on_cpu and q_BNTH.requires_grad:
+        return _train_on_cpu(q_BNTH, k_BKSH, v_BKSH, mask)  # pyright: ignore[reportCallIssue]
     return F.scaled_dot_product_attention(
         q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
 
 
 @torch.compiler.disable  # a compiled block is two graphs around it
-def _train_on_cpu(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
+def _train_on_cpu(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask: Tensor | None) -> Tensor:
     repeats = q_BNTH.shape[1] // k_BKTH.shape[1]
     if repeats > 1:
         k_BKTH, v_BKTH = (t.repeat_interleave(repeats, dim=1) for t in (k_BKTH, v_BKTH))
-    return eager.CausalAttention.apply(q_BNTH, k_BKTH, v_BKTH)
+    return eager.CausalAttention.apply(q_BNTH, k_BKTH, v_BKTH, mask)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    """FlexAttention for a model that is not compiled: as it is, it would write out all scores.
+
+    Not `dynamic`: a run has one or two shapes of batch, and fixed sizes are faster.
+    """
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _alibi_score_mod(slopes_N: Tensor) -> Any:
+    def subtract(score: Tensor, b: Tensor, n: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score - slopes_N[n] * (query - key)
+
+    return subtract
 
 
 def causal_mask(
@@ -88,10 +133,91 @@ def causal_mask(
     seen_TS = torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=start)
     if cfg.positions != "alibi":
         return seen_TS
-    slopes_N = torch.tensor(alibi_slopes(cfg.n_heads, cfg.alibi_bias_max), device=device)
     query_T, key_S = torch.arange(start, S, device=device), torch.arange(S, device=device)
     distance_TS = (query_T[:, None] - key_S).float().masked_fill(~seen_TS, torch.inf)
-    return (-slopes_N[:, None, None] * distance_TS).to(dtype)
+    return (-_slopes(cfg, device)[:, None, None] * distance_TS).to(dtype)
+
+
+def _slopes(cfg: ModelConfig, device: torch.device) -> Tensor:
+    return torch.tensor(alibi_slopes(cfg.n_heads, cfg.alibi_bias_max), device=device)
+
+
+# --- documents inside a row ----------------------------------------------------------------------
+
+_FLEX_BLOCK = 128  # positions that FlexAttention skips, or computes unmasked, together
+
+
+def document_mask(cfg: ModelConfig, doc_ids_BT: Tensor, dtype: torch.dtype) -> Mask:
+    """The mask of rows that hold several documents, for `attend`: causal, and none sees another.
+
+    `doc_ids_BT` (integers) never decrease along a row. A row of documents 0 0 0 1 1 2 (x: seen)::
+
+             S 0 1 2 3 4 5
+        T 0    x
+          1    x x
+          2    x x x
+          3          x
+          4          x x
+          5              x
+
+    On CUDA a FlexMask, which takes B (T / 128)^2 numbers; else (and for heads under 16 wide, which
+    FlexAttention has no kernel for) boolean [B, 1, T, T], with ALiBi [B, N, T, T] in `dtype`.
+    """
+    if uses_flex(cfg, doc_ids_BT.device):
+        slopes_N = _slopes(cfg, doc_ids_BT.device) if cfg.positions == "alibi" else None
+        return FlexMask(_document_blocks(doc_ids_BT), slopes_N)
+    seen_BTT = (doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]).tril_()
+    bias_NTT = causal_mask(cfg, 0, doc_ids_BT.shape[1], doc_ids_BT.device, dtype)
+    if bias_NTT is None:
+        return seen_BTT[:, None]
+    return bias_NTT.masked_fill(~seen_BTT[:, None], -torch.inf)
+
+
+def uses_flex(cfg: ModelConfig, device: torch.device) -> bool:
+    """Whether documents are kept apart by FlexAttention (rather than by a whole mask)."""
+    return device.type == "cuda" and cfg.head_dim >= 16
+
+
+def _document_blocks(doc_ids_BT: Tensor) -> BlockMask:
+    """What `create_block_mask` makes of these documents, without its [B, T, T] numbers.
+
+    Ids do not decrease, so the first and the last id of a block say all: an earlier block of keys
+    is seen if its last id is the queries' first, and wholly if its first id is their last.
+    """
+    T = doc_ids_BT.shape[1]
+    starts_J = torch.arange(0, T, _FLEX_BLOCK, device=doc_ids_BT.device)
+    ends_J = (starts_J + _FLEX_BLOCK - 1).clamp(max=T - 1)
+    first_BJ, last_BJ = doc_ids_BT[:, starts_J], doc_ids_BT[:, ends_J]
+    whole_J = ends_J - starts_J == _FLEX_BLOCK - 1
+    earlier_JJ = starts_J[:, None] > starts_J
+    full_BJJ = earlier_JJ & (last_BJ[:, :, None] == first_BJ[:, None, :]) & whole_J[:, None]
+    seen_BJJ = earlier_JJ & (first_BJ[:, :, None] == last_BJ[:, None, :])
+    seen_BJJ |= starts_J[:, None] == starts_J
+
+    def same_document(b: Tensor, n: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (doc_ids_BT[b, query] == doc_ids_BT[b, key])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(seen_BJJ & ~full_BJJ),
+        *_listed(full_BJJ),
+        BLOCK_SIZE=_FLEX_BLOCK,
+        mask_mod=same_document,
+        seq_lengths=(T, T),
+    )
+
+
+def _listed(blocks_BJJ: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which: they come first in its row."""
+    blocks_B1JJ = blocks_BJJ[:, None].int()
+    order = blocks_B1JJ.argsort(dim=-1, descending=True, stable=True)
+    return blocks_B1JJ.sum(-1, dtype=torch.int32), order.int()
+
+
+def positions_in_documents(doc_ids_BT: Tensor) -> Tensor:
+    """The position of every token within its document, [B, T], from 0."""
+    positions_T = torch.arange(doc_ids_BT.shape[1], device=doc_ids_BT.device)
+    begins_BT = F.pad(doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1], (1, 0))
+    return positions_T - (begins_BT * positions_T).cummax(dim=1).values
 
 
 class Attention(nn.Module):
@@ -122,7 +248,7 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        mask: Mask | None,
         cache: KVCache | None = None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape

@@ -96,18 +96,25 @@ class CausalAttention(torch.autograd.Function):
 
     The blocks are plain matrix products, which a CPU does at twice the speed of the tiled kernel
     behind `scaled_dot_product_attention`, and nothing above the diagonal blocks is computed. The
-    probabilities are kept for the backward pass: B N T^2 / 2 numbers per layer.
+    probabilities are kept for the backward pass: B N T^2 / 2 numbers per layer. A mask, boolean
+    [B, 1, T, T], says what is seen of that; every query sees itself.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, seen_B1TT: Tensor | None = None
+    ) -> Tensor:
         shape = q_BNTH.shape
         q, k, v = (t.reshape(-1, *shape[2:]) for t in (q_BNTH * shape[3] ** -0.5, k_BNTH, v_BNTH))
         out = torch.empty_like(q)
         kept = []
         for start, end in _blocks(shape[2]):
             scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
-            scores[:, :, start:] += torch.full((end - start, end - start), -torch.inf).triu_(1)
+            if seen_B1TT is None:
+                scores[:, :, start:] += torch.full((end - start, end - start), -torch.inf).triu_(1)
+            else:
+                hidden = seen_B1TT[:, :, start:end, :end].logical_not()
+                scores.view(*shape[:2], end - start, end).masked_fill_(hidden, -torch.inf)
             p = torch.softmax(scores, dim=-1)
             out[:, start:end] = torch.bmm(p, v[:, :end])
             kept.append(p)
@@ -115,7 +122,7 @@ class CausalAttention(torch.autograd.Function):
         return out.view(shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *kept = ctx.saved_tensors
         shape = grads[0].shape
         d_out = grads[0].reshape(q.shape)
@@ -131,7 +138,7 @@ class CausalAttention(torch.autograd.Function):
             d_q[:, start:end] = torch.bmm(d_s, k[:, :end])
             d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q[:, start:end])
         d_q.mul_(shape[3] ** -0.5)
-        return d_q.view(shape), d_k.view(shape), d_v.view(shape)
+        return d_q.view(shape), d_k.view(shape), d_v.view(shape), None
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

@@ -42,6 +42,8 @@ class LossSums(NamedTuple):
     """sum of logsumexp(logits)^2 over all positions, as OpenLM takes it (0 without z-loss)"""
     n_targets: Tensor
     """number of targets that are not IGNORE_INDEX"""
+    ce_N: Tensor
+    """the addends of `ce`, one per position"""
 
 
 def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
@@ -69,10 +71,10 @@ def linear_cross_entropy(
     chunk = chunk_tokens or default_chunk_tokens(weight_VD.shape[0], hidden_ND.device)
     # grad mode is always off inside a Function's forward, so it is asked here
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    total, ce, z = _LinearCrossEntropy.apply(
+    total, ce_N, z = _LinearCrossEntropy.apply(
         hidden_ND, weight_VD, targets_N, z_weight, chunk, needs_grad
     )
-    return LossSums(total, ce, z, (targets_N != IGNORE_INDEX).sum())
+    return LossSums(total, ce_N.sum(), z, (targets_N != IGNORE_INDEX).sum(), ce_N)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -93,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         has_z = isinstance(z_weight, Tensor) or z_weight != 0.0
-        ce = hidden.new_zeros((), dtype=torch.float32)
+        ce = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
         z = hidden.new_zeros((), dtype=torch.float32)
         grad_h = torch.empty_like(hidden) if needs_grad else None
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
@@ -106,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_logit = logits.gather(1, index)
             logp = torch.log_softmax(logits, dim=1)
             target_logp = logp.gather(1, index)
-            ce -= torch.where(kept, target_logp.squeeze(1), 0.0).sum()
+            ce[rows] = torch.where(kept, -target_logp.squeeze(1), 0.0)
             lse = target_logit - target_logp
             if has_z:
                 z += lse.square().sum()
@@ -128,7 +130,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_h is not None and grad_w is not None:
             ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
         ctx.mark_non_differentiable(ce, z)
-        return ce + z_weight * z if has_z else ce.clone(), ce, z
+        total = ce.sum()
+        return total + z_weight * z if has_z else total, ce, z
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

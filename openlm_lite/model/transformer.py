@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from openlm_lite.errors import InputError
-from openlm_lite.model.attention import Attention, KVCache, causal_mask
+from openlm_lite.model.attention import (
+    Attention,
+    KVCache,
+    Mask,
+    causal_mask,
+    document_mask,
+    positions_in_documents,
+)
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.layers import FeedForward, Norm, rope_tables
 from openlm_lite.model.loss import LossSums, linear_cross_entropy
@@ -46,7 +53,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        mask: Mask | None,
         cache: KVCache | None = None,
     ) -> Tensor:
         if self.kind == "sequential_post_norm":
@@ -92,11 +99,16 @@ class Transformer(nn.Module):
         *,
         z_weight: float | Tensor = 0.0,
         cache: KVCache | None = None,
+        doc_ids_BT: Tensor | None = None,
     ) -> Tensor | LossSums:
         """Logits [B, T, V] in fp32; with `targets_BT`, the loss sums instead (never all logits).
 
         The loss is taken inside the forward pass because that is where FSDP2 holds the gathered
         head weight. With `cache`, `tokens_BT` continue what the cache holds.
+
+        With `doc_ids_BT` (integers that never decrease along a row) each document of a row gives
+        the logits that it gives alone. Learned positions begin anew in each; rotary embedding and
+        ALiBi know distances only, and run on.
         """
         start = 0 if cache is None else cache.length
         T = tokens_BT.shape[1]
@@ -104,15 +116,21 @@ class Transformer(nn.Module):
             raise InputError(
                 f"{start + T} positions are longer than max_seq_len = {self.cfg.max_seq_len}"
             )
+        if cache is not None and doc_ids_BT is not None:
+            raise InputError("a cache holds one document per row: doc_ids_BT cannot be given too")
         positions_T = torch.arange(start, start + T, device=tokens_BT.device)
         rope = rope_tables(positions_T, self.cfg) if self.cfg.positions == "rope" else None
 
         x_BTD = self.embedding(tokens_BT)
         if self.cfg.positions == "learned":
-            x_BTD = x_BTD + self.position_embedding(positions_T)
+            known = positions_T if doc_ids_BT is None else positions_in_documents(doc_ids_BT)
+            x_BTD = x_BTD + self.position_embedding(known)
         if self.cfg.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
-        mask = causal_mask(self.cfg, start, T, x_BTD.device, x_BTD.dtype)
+        if doc_ids_BT is None:
+            mask = causal_mask(self.cfg, start, T, x_BTD.device, x_BTD.dtype)
+        else:
+            mask = document_mask(self.cfg, doc_ids_BT, x_BTD.dtype)
         for block in self.layers:
             x_BTD = block(x_BTD, rope, mask, cache)
         x_BTD = self.norm(x_BTD)

@@ -74,7 +74,8 @@ def build(cfg: ModelConfig, seed: int = 0) -> Transformer:
 @settings(max_examples=60, deadline=None)
 @given(cfg=architectures(), data=st.data())
 def test_every_architecture_counts_caches_and_is_causal(cfg: ModelConfig, data: Any) -> None:
-    model = build(cfg)
+    # a norm over a handful of features magnifies rounding by the inverse of their spread
+    model = build(dataclasses.replace(cfg, norm_eps=0.1))
     assert sum(p.numel() for p in model.parameters()) == cfg.n_params
     tokens = torch.randint(cfg.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
