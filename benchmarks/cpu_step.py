@@ -43,7 +43,7 @@ def ours(vocab: int, rows: torch.Tensor, world: dist.World, compiled: bool) -> S
     model = build_sharded_model(cfg, mesh, parallel, world.device, seed=0)
     optim = OptimConfig(lr=1e-3)
     optimizer = build_optimizer(model, optim)
-    batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), 0)
+    batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None, 0)
 
     def step() -> None:
         forward_backward(model, batch, 1, 0.0, world, False)

@@ -1,41 +1,58 @@
-"""How fast one process delivers training batches: ours, the ceiling, and two other ways.
+"""How fast training batches are delivered: ours, OpenLM's way, other libraries, the ceiling.
 
-    python benchmarks/data_read.py [--tokens 67108864] [--seq-len 2048] [--batch 32] [--repeats 5]
+    python benchmarks/data_read.py [--tokens 67108864] [--repeats 5] [--peers-python PYTHON]
 
-All read the same random ids from a local disk (in the page cache after the first repetition) and
-deliver int64 torch tensors, tokens and targets, [batch, seq_len]:
+All read the same random ids below 50,257 (the worst case for text and for gzip) from a local disk,
+in the page cache after the first repetition, and deliver int64 torch tensors, tokens and targets,
+[batch, seq_len]:
 
-    ours         train_batches, shuffled, crc32 and ids checked at first open, background thread
-    ours, cold   the same with a newly opened dataset in every repetition, checks included
-    memmap       np.memmap over one flat file of ids, rows in random order: the ceiling
-    webdataset   stock webdataset over our shards: .decode(), blocks cut into rows, unshuffled
-    json.gz      OpenLM's way: a tar of json.gz members, each a list of seq_len + 1 ids
+    native          our shards: train_batches, shuffled, checked at first open, background thread
+    native, cold    the same with a newly opened dataset in every repetition, checks included
+    native, 2 proc  two processes, each with its half of every global batch; their sum
+    json.gz, json   OpenLM's shards as they are: opened, checked, decoded, shuffled, every time
+    json.gz, zlib   the same without isal
+    openlm json.gz  OpenLM's way: webdataset's decoder, lists of ints, LongTensor; unshuffled
+    openlm json     the same without gzip
+    webdataset      stock webdataset over our shards: .decode(), blocks cut into rows, unshuffled
+    mosaic, litdata MosaicML Streaming and litdata over their own files, shuffled, in a process of
+                    PYTHON each (default: this one), where they are installed
+    memmap          np.memmap over one flat file of ids, rows in random order: the ceiling
 
-Repetitions are interleaved; the table shows the median and the spread over them. The slow readers
+Repetitions are interleaved; the table shows the median and the spread over them, and the tokens per
+second that the process had a core, which a busy machine changes less. The slow readers
 get fewer tokens, which does not change their rate. Writes JSON to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import gzip
+import importlib.metadata
 import io
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from openlm_lite.data import decode_ids
 from openlm_lite.data.dataset import open_dataset
 from openlm_lite.data.manifest import (
     DatasetInfo,
@@ -45,19 +62,26 @@ from openlm_lite.data.manifest import (
     manifest_text,
 )
 from openlm_lite.data.shards import npy_dtype, write_shard
-from openlm_lite.data.stream import TokenStream, train_batches
+from openlm_lite.data.stream import TokenStream, single_stream, train_batches
 
 BLOCK_TOKENS = 65_536
 BLOCKS_PER_SHARD = 256
+ROWS_PER_JSON_SHARD = 1024
+SHUFFLE_SHARDS = 16
 VOCAB_SIZE = 50_257
-# of --tokens, for readers that are 10 and 100 times as slow
-WEBDATASET_SHARE, JSON_SHARE = 4, 64
+# --tokens divided by this, for readers that are so much slower
+SHARE = {"webdataset": 4, "json": 4, "openlm": 32, "mosaic": 8, "litdata": 4}
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Reader = Callable[[], Iterator[Pair]]
+
+
+# --- the files --------------------------------------------------------------------------------
 
 
 def write_native(folder: Path, ids: np.ndarray) -> None:
-    """Our shards, their manifest, and the flat file for the ceiling."""
+    """Our shards and their manifest."""
+    folder.mkdir()
     n_blocks = (len(ids) - 1) // BLOCK_TOKENS
     entries: list[ShardEntry] = []
     for number, first in enumerate(range(0, n_blocks, BLOCKS_PER_SHARD)):
@@ -83,17 +107,28 @@ def write_native(folder: Path, ids: np.ndarray) -> None:
     )
     (folder / "manifest.jsonl").write_text(manifest_text(entries))
     (folder / "dataset.json").write_text(info_text(info))
-    ids.tofile(folder / "flat.bin")
 
 
-def write_json_gz(path: Path, ids: np.ndarray, n_rows: int, seq_len: int) -> None:
-    with tarfile.open(path, "w") as tar:
-        for row in range(n_rows):
-            content = json.dumps(ids[row * seq_len : (row + 1) * seq_len + 1].tolist()).encode()
-            content = gzip.compress(content, mtime=0)
-            member = tarfile.TarInfo(f"{row:010d}.json.gz")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+def write_openlm(folder: Path, ids: np.ndarray, n_rows: int, seq_len: int, ending: str) -> None:
+    """Shards as OpenLM's tools write them, through webdataset's writer: a pax header each."""
+    folder.mkdir()
+    lines: list[str] = []
+    for number, first in enumerate(range(0, n_rows, ROWS_PER_JSON_SHARD)):
+        rows = range(first, min(first + ROWS_PER_JSON_SHARD, n_rows))
+        with tarfile.open(folder / f"shard_{number:08d}.tar", "w") as tar:
+            for row in rows:
+                content = json.dumps(ids[row * seq_len : (row + 1) * seq_len + 1].tolist()).encode()
+                if ending == "json.gz":
+                    content = gzip.compress(content)
+                member = tarfile.TarInfo(f"{row:032x}.{ending}")
+                member.size = len(content)
+                member.mtime = time.time()  # pyright: ignore  (a float makes the pax header)
+                tar.addfile(member, io.BytesIO(content))
+        lines.append(json.dumps({"shard": f"shard_{number:08d}", "num_sequences": len(rows)}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+
+
+# --- the readers ------------------------------------------------------------------------------
 
 
 def split(rows: np.ndarray) -> Pair:
@@ -101,13 +136,24 @@ def split(rows: np.ndarray) -> Pair:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def read_ours(stream: TokenStream, n_batches: int, batch: int) -> Iterator[Pair]:
+def stream_of(folder: Path, seq_len: int) -> TokenStream:
+    return single_stream(open_dataset(str(folder)), seq_len, seed=0, shuffle_shards=SHUFFLE_SHARDS)
+
+
+def read_ours(
+    stream: TokenStream, n_batches: int, batch: int, rank: int = 0, world: int = 1
+) -> Iterator[Pair]:
     batches = train_batches(
-        stream, first_sample=0, global_batch=batch, rank=0, world_size=1, prefetch=4
+        stream,
+        first_sample=0,
+        global_batch=batch * world,
+        rank=rank,
+        world_size=world,
+        prefetch=4,
     )
-    for item in itertools.islice(batches, n_batches):
-        yield item.tokens_BT, item.targets_BT
-    batches.close()  # pyright: ignore[reportAttributeAccessIssue]  (it is a generator)
+    with contextlib.closing(batches):  # pyright: ignore  (it is a generator)
+        for item in itertools.islice(batches, n_batches):
+            yield item.tokens_BT, item.targets_BT
 
 
 def read_memmap(path: Path, n_batches: int, batch: int, seq_len: int) -> Iterator[Pair]:
@@ -120,12 +166,16 @@ def read_memmap(path: Path, n_batches: int, batch: int, seq_len: int) -> Iterato
         yield split(rows)
 
 
-def read_webdataset(paths: list[str], n_batches: int, batch: int, seq_len: int) -> Iterator[Pair]:
+def samples_of(folder: Path) -> Iterator[dict[str, Any]]:
     import webdataset
 
-    samples = webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode()  # pyright: ignore
+    paths = [str(path) for path in sorted(folder.glob("*.tar"))]
+    return iter(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode())  # pyright: ignore
+
+
+def read_webdataset(folder: Path, n_batches: int, batch: int, seq_len: int) -> Iterator[Pair]:
     rows: list[np.ndarray] = []
-    for sample in samples:
+    for sample in samples_of(folder):
         ids = sample["npy"]
         rows += [ids[s : s + seq_len + 1] for s in range(0, len(ids) - 1, seq_len)]
         while len(rows) >= batch:
@@ -136,27 +186,119 @@ def read_webdataset(paths: list[str], n_batches: int, batch: int, seq_len: int) 
                 return
 
 
-def read_json_gz(path: Path, n_batches: int, batch: int) -> Iterator[Pair]:
-    with tarfile.open(path, "r|") as tar:
-        members = iter(tar)
-        for _ in range(n_batches):
-            rows: list[list[int]] = []
-            for member in itertools.islice(members, batch):
-                content = tar.extractfile(member)
-                assert content is not None
-                rows.append(json.loads(gzip.decompress(content.read())))
-            yield split(np.array(rows))
+def read_openlm(folder: Path, n_batches: int, batch: int, ending: str) -> Iterator[Pair]:
+    samples = samples_of(folder)
+    for _ in range(n_batches):
+        rows = [sample[ending] for sample in itertools.islice(samples, batch)]
+        ids = torch.LongTensor(rows)
+        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def tokens_per_second(read: Callable[[], Iterator[Pair]], batch: int, seq_len: int) -> float:
+# --- the measurement --------------------------------------------------------------------------
+
+
+class Rate(NamedTuple):
+    """Tokens per second, and per second that the process (all of its threads) had a core."""
+
+    wall: float
+    cpu: float | None = None  # not known of other processes
+
+
+def consume(pairs: Iterator[Pair], batch: int, seq_len: int) -> Rate:
+    """The rate at which these batches come."""
     gc.collect()
-    started = time.perf_counter()
-    count = 0
-    for tokens, targets in read():
+    started, started_cpu, count = time.perf_counter(), time.process_time(), 0
+    for tokens, targets in pairs:
         assert tokens.shape == targets.shape == (batch, seq_len)
         assert tokens.dtype == targets.dtype == torch.int64
         count += tokens.numel()
-    return count / (time.perf_counter() - started)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+    return Rate(count / seconds, count / cpu_seconds)
+
+
+def serve_rank(
+    connection: Any, folder: Path, seq_len: int, batch: int, n_batches: int, rank: int, world: int
+) -> None:
+    """A process of `TwoProcesses`: reads its part whenever it is told to."""
+    torch.set_num_threads(1)
+    stream = stream_of(folder, seq_len)
+    connection.send("ready")
+    while connection.recv():
+        connection.send(consume(read_ours(stream, n_batches, batch, rank, world), batch, seq_len))
+
+
+class TwoProcesses:
+    """Two ranks that read at the same time; warm, as the dataset of one process is."""
+
+    def __init__(self, *job: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes = []
+        for rank in range(2):
+            ours, theirs = context.Pipe()
+            context.Process(target=serve_rank, args=(theirs, *job, rank, 2), daemon=True).start()
+            self.pipes.append(ours)
+        self._receive()
+
+    def _receive(self) -> list[Any]:
+        return [pipe.recv() for pipe in self.pipes]
+
+    def rate(self) -> Rate:
+        for pipe in self.pipes:
+            pipe.send(True)
+        return Rate(sum(rate.wall for rate in self._receive()))
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(False)
+
+
+class Peer:
+    """A process of data_read_peers.py."""
+
+    def __init__(self, python: str, name: str, *job: Any) -> None:
+        script = Path(__file__).with_name("data_read_peers.py")
+        self.process = subprocess.Popen(
+            [python, "-W", "ignore", str(script), name, *map(str, job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        while (line := self._line()) != "ready":
+            print(f"{name}: {line}", file=sys.stderr)
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} ended")
+        return line.strip()
+
+    def rate(self) -> Rate:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return Rate(float(self._line()))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def has_module(python: str, module: str) -> bool:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", code], check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def inflating_with(module: Any) -> Iterator[None]:
+    """isal's zlib or the standard library's for what is decoded inside."""
+    before = decode_ids.inflate_module
+    decode_ids.inflate_module = lambda: module
+    try:
+        yield
+    finally:
+        decode_ids.inflate_module = before
 
 
 def main() -> None:
@@ -165,68 +307,109 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peers-python", default=sys.executable, metavar="PYTHON")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # webdataset leaves files open
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="openlm-bench-") as name:
+        rates = measure(Path(name), args)
+    report(rates, {k: v for k, v in vars(args).items() if k != "peers_python"})
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[Rate]]:
     seq_len, batch = args.seq_len, args.batch
     n_batches = args.tokens // (seq_len * batch)
-    n_blocks = args.tokens // BLOCK_TOKENS
-    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, n_blocks * BLOCK_TOKENS + 1)
+    n_of = {key: max(1, n_batches // share) for key, share in SHARE.items()}
+    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, args.tokens + 1)
     ids = ids.astype(npy_dtype("uint16"))
-    with tempfile.TemporaryDirectory(prefix="openlm-bench-") as name:
-        folder = Path(name)
-        write_native(folder, ids)
-        json_batches = max(1, n_batches // JSON_SHARE)
-        write_json_gz(folder / "json.tgz", ids, json_batches * batch, seq_len)
-        shards = [str(p) for p in sorted(folder.glob("shard-*.tar"))]
-        warm = TokenStream(open_dataset(name), seq_len, seed=0, shuffle_shards=16)
+    native = folder / "native"
+    write_native(native, ids)
+    ids.tofile(folder / "flat.bin")
+    for ending in ("json.gz", "json"):
+        write_openlm(folder / ending, ids, n_of["json"] * batch, seq_len, ending)
+    warm = stream_of(native, seq_len)
 
-        def cold() -> Iterator[Pair]:
-            stream = TokenStream(open_dataset(name), seq_len, seed=0, shuffle_shards=16)
-            return read_ours(stream, n_batches, batch)
+    def decoded(ending: str) -> Iterator[Pair]:
+        return read_ours(stream_of(folder / ending, seq_len), n_of["json"], batch)
 
-        readers: dict[str, Callable[[], Iterator[Pair]]] = {
-            "ours": lambda: read_ours(warm, n_batches, batch),
-            "ours, cold": cold,
-            "memmap": lambda: read_memmap(folder / "flat.bin", n_batches, batch, seq_len),
-            "webdataset": lambda: read_webdataset(
-                shards, max(1, n_batches // WEBDATASET_SHARE), batch, seq_len
-            ),
-            "json.gz": lambda: read_json_gz(folder / "json.tgz", json_batches, batch),
-        }
-        rates: dict[str, list[float]] = {key: [] for key in readers}
-        for read in readers.values():
-            tokens_per_second(read, batch, seq_len)  # warm-up: page cache, imports
+    def without_isal() -> Iterator[Pair]:
+        with inflating_with(zlib):
+            yield from decoded("json.gz")
+
+    readers: dict[str, Reader] = {
+        "native": lambda: read_ours(warm, n_batches, batch),
+        "native, cold": lambda: read_ours(stream_of(native, seq_len), n_batches, batch),
+        "json.gz": lambda: decoded("json.gz"),
+        "json.gz, zlib": without_isal,
+        "json": lambda: decoded("json"),
+        "openlm json.gz": lambda: read_openlm(folder / "json.gz", n_of["openlm"], batch, "json.gz"),
+        "openlm json": lambda: read_openlm(folder / "json", n_of["openlm"], batch, "json"),
+        "webdataset": lambda: read_webdataset(native, n_of["webdataset"], batch, seq_len),
+        "memmap": lambda: read_memmap(folder / "flat.bin", n_batches, batch, seq_len),
+    }
+    sources: dict[str, Callable[[], Rate]] = {
+        key: (lambda read=read: consume(read(), batch, seq_len)) for key, read in readers.items()
+    }
+    with contextlib.ExitStack() as stack:
+        two = TwoProcesses(native, seq_len, batch, n_batches // 2)
+        stack.callback(two.close)
+        sources["native, 2 proc"] = two.rate
+        for key, module in (("mosaic", "streaming"), ("litdata", "litdata")):
+            if has_module(args.peers_python, module):
+                peer = Peer(args.peers_python, key, folder, seq_len, batch, n_of[key])
+                stack.callback(peer.close)
+                sources[key] = peer.rate
+            else:
+                print(f"{key}: {module} is not installed for {args.peers_python}", file=sys.stderr)
+        for rate in sources.values():
+            rate()  # warm-up: page cache, imports
+        rates: dict[str, list[Rate]] = {key: [] for key in sources}
         for _ in range(args.repeats):
-            for key, read in readers.items():
-                rates[key].append(tokens_per_second(read, batch, seq_len))
-    report(rates, vars(args))
+            for key, rate in sources.items():
+                rates[key].append(rate())
+    return rates
 
 
-def report(rates: dict[str, list[float]], settings: dict[str, int]) -> None:
-    medians = {key: statistics.median(values) for key, values in rates.items()}
-    print(f"{'reader':12} {'Mtok/s':>9} {'min':>9} {'max':>9} {'x json.gz':>9}")
-    for key, values in rates.items():
+def report(rates: dict[str, list[Rate]], settings: dict[str, int]) -> None:
+    wall = {key: [rate.wall for rate in values] for key, values in rates.items()}
+    cpu_rates = {
+        key: [rate.cpu for rate in values if rate.cpu is not None]
+        for key, values in rates.items()
+        if values[0].cpu is not None
+    }
+    medians = {key: statistics.median(values) for key, values in wall.items()}
+    slowest = medians["openlm json.gz"]
+    print(f"{'reader':15} {'Mtok/s':>9} {'min':>9} {'max':>9} {'x openlm':>9} {'per core':>9}")
+    for key, values in wall.items():
         cells = (medians[key] / 1e6, min(values) / 1e6, max(values) / 1e6)
         numbers = " ".join(f"{cell:9.1f}" for cell in cells)
-        print(f"{key:12} {numbers} {medians[key] / medians['json.gz']:9.0f}")
+        per_core = statistics.median(cpu_rates.get(key, [math.nan])) / 1e6
+        print(f"{key:15} {numbers} {medians[key] / slowest:9.1f} {per_core:9.1f}")
+    pairs = zip(wall["native, 2 proc"], wall["native"], strict=True)
+    two = statistics.median(both / one for both, one in pairs)
+    print(f"two processes read {two:.2f} times as fast as one (median over the repetitions)")
     cpu = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
         names = [x for x in cpu_info.read_text().splitlines() if x.startswith("model name")]
         cpu = names[0].split(":")[1].strip() if names else cpu
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "webdataset", "isal"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     result = {
         "benchmark": "data_read",
         "settings": settings,
         "tokens_per_second": {
-            key: {"median": medians[key], "all": values} for key, values in rates.items()
+            key: {"median": medians[key], "all": values} for key, values in wall.items()
         },
+        "tokens_per_cpu_second": {
+            key: {"median": statistics.median(values), "all": values}
+            for key, values in cpu_rates.items()
+        },
+        "two_processes_over_one": two,
         "hardware": {"cpu": cpu, "cores": os.cpu_count(), "load_1min": os.getloadavg()[0]},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions,
     }
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)

@@ -58,7 +58,7 @@ def launched() -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def init(kind: str = "auto", timeout_seconds: float = 600.0) -> World:
+def init(kind: str = "auto", timeout_seconds: float = 1200.0) -> World:
     """Join the process group that torchrun announced, or make a group of one.
 
     `kind` is cuda, cpu, or auto: CUDA where there is a device.

@@ -9,15 +9,21 @@ from typing import Any
 from openlm_lite import run
 from openlm_lite.checkpoint import resolve_checkpoint
 from openlm_lite.commit import COMMIT_NAME, DamagedError, check_contents, read_commit, step_folders
-from openlm_lite.data.dataset import open_dataset
 from openlm_lite.data.inspect import inspect_dataset, inspect_step
 from openlm_lite.data.manifest import MANIFEST_NAME
-from openlm_lite.data.stream import TokenStream
+from openlm_lite.data.sources import open_sources, open_stream
 from openlm_lite.errors import InputError
 from openlm_lite.log import read_metrics
 
 
-def inspect_path(path: str, verify: bool = False, step: int | None = None) -> dict[str, Any]:
+def inspect_path(
+    path: str,
+    verify: bool = False,
+    step: int | None = None,
+    *,
+    workers: int = 0,
+    journal: str | None = None,
+) -> dict[str, Any]:
     """Facts about `path`, as plain values; `verify` reads everything and checks it.
 
     With `step` (a run only): the rows of the data that this step, from 0, trains on.
@@ -27,7 +33,7 @@ def inspect_path(path: str, verify: bool = False, step: int | None = None) -> di
     if step is not None and not (folder / "config.yaml").is_file():
         raise InputError(f"{path}: --step needs a run folder (its config.yaml says what is read)")
     if (folder / MANIFEST_NAME).is_file() or folder.name == MANIFEST_NAME:
-        return inspect_dataset(path, verify=verify)
+        return inspect_dataset(path, verify, workers, journal)
     if (folder / COMMIT_NAME).is_file():
         return _inspect_checkpoint(folder, verify)
     if (folder / "config.yaml").is_file():
@@ -88,7 +94,7 @@ def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
 
 def _inspect_batch(folder: Path, step: int) -> dict[str, Any]:
     cfg = run.load_run(str(folder / "config.yaml"))
-    dataset = open_dataset(cfg.data.train)
-    stream = TokenStream(dataset, cfg.data.seq_len, cfg.data.seed, cfg.data.shuffle_shards)
-    rows = inspect_step(dataset, stream, step, cfg.global_batch)
-    return {"path": str(folder), "step": step, "rows": rows}
+    datasets, _ = open_sources(cfg.data, cfg.model.vocab_size)
+    stream = open_stream(cfg.data, datasets, cfg.steps * cfg.global_batch_tokens)
+    checksum, rows = inspect_step(stream, step, cfg.global_batch)
+    return {"path": str(folder), "step": step, "data/checksum": checksum, "rows": rows}

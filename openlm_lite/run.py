@@ -11,7 +11,7 @@ from typing import Any, Literal
 from openlm_lite import config
 from openlm_lite.checkpoint import CheckpointConfig
 from openlm_lite.config import ConfigError, Tree, Value
-from openlm_lite.data.stream import DataConfig
+from openlm_lite.data.sources import DataConfig
 from openlm_lite.errors import InputError
 from openlm_lite.eval.loss import EvalConfig
 from openlm_lite.inherit import InitFrom
@@ -285,11 +285,19 @@ MAY_CHANGE_ON_RESUME = (
     "data.train",  # the manifest's checksum decides whether it is the same data
     "data.val",
     "data.prefetch_batches",
+    "data.max_bad_shards",
+    "data.cache_dir",
+    "data.cache_gib",
     "parallel.",
     "checkpoint.",
     "eval.",
     "log.",
 )
+
+
+def _may_change(key: str) -> bool:
+    moved = key.startswith("data.sources.") and key.endswith(".path")  # as data.train
+    return moved or key.startswith(MAY_CHANGE_ON_RESUME)
 
 
 def check_same_run(cfg: RunConfig, folder: Path) -> None:
@@ -300,7 +308,7 @@ def check_same_run(cfg: RunConfig, folder: Path) -> None:
     differing = [
         f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+        if old.get(key) != new.get(key) and not _may_change(key)
     ]
     if differing:
         raise InputError(

@@ -1,7 +1,11 @@
 """Paths and files: which names are allowed, how they are listed, and writes that never look half.
 
-Paths stay strings everywhere. Only local files are read and written so far; `local_path` is the
-one gate through which every path goes, so that object stores can be added behind it.
+Paths stay strings everywhere, local ones and URLs alike. Each goes through one of two gates:
+
+    path --> is_remote     plain or file:// -> False;  s3 gs hf http https -> True;  else refused
+    path --> local_path    for what must lie on a local disk: a URL is refused too
+
+What happens behind a URL (requests, retries, errors) is in remote.py.
 """
 
 from __future__ import annotations
@@ -11,44 +15,56 @@ import glob
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from openlm_lite import remote
 from openlm_lite.errors import InputError
+from openlm_lite.retries import redacted
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
-# Known to fsspec and meant to be read one day; named here so that the message can say so.
-_REMOTE_SCHEMES = ("abfs", "az", "gcs", "gs", "hf", "http", "https", "s3")
 # Names that come from files which others wrote (a manifest): nothing else may reach a path.
 _SAFE_NAME = re.compile(r"^[A-Za-z0-9._/\-]+$")
 
 
-def local_path(path: str) -> str:
-    """The local path that `path` (plain or `file://…`) names.
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL of an object store or a web server, and not a local path.
 
-    Raises InputError for `pipe:` (it would run a shell), for remote and for unknown schemes.
+    Raises InputError for `pipe:` (it would run a shell), for unknown schemes and for URLs with
+    credentials in them.
     """
     if not path:
         raise InputError("an empty path was given; name a file or a folder")
     if path.startswith("pipe:"):
         raise InputError(
-            f"{path}: pipe: is refused because it would run a shell command; "
-            "give the path of a local file or folder"
+            f"{redacted(path)}: pipe: is refused because it would run a shell command; "
+            "give the path or the URL of a file or folder"
         )
     match = _SCHEME.match(path)
-    if match is None:
-        return os.path.expanduser(path)
+    if match is None or match.group(1).lower() == "file":
+        return False
     scheme = match.group(1).lower()
-    if scheme == "file":
-        return path[len("file://") :]
-    if scheme in _REMOTE_SCHEMES:
+    if scheme not in remote.SCHEMES:
         raise InputError(
-            f"{path}: {scheme}:// is not read yet; copy the data to a local disk and name that path"
+            f"{redacted(path)}: unknown scheme {scheme!r}; allowed are local paths, file:// "
+            f"and {', '.join(f'{known}://' for known in remote.SCHEMES)}"
         )
-    raise InputError(
-        f"{path}: unknown scheme {scheme!r}; allowed are plain local paths and file:// paths"
-    )
+    remote.scheme_of(path)  # refuses credentials
+    return True
+
+
+def local_path(path: str) -> str:
+    """The local path that `path` (plain or `file://…`) names, for what must be on a local disk.
+
+    Raises InputError for URLs, and for what `is_remote` refuses.
+    """
+    if is_remote(path):
+        raise InputError(
+            f"{path}: this has to lie on a local disk; copy it there and name that path"
+        )
+    return path[len("file://") :] if path[:7].lower() == "file://" else os.path.expanduser(path)
 
 
 def safe_join(folder: str, name: str) -> str:
@@ -61,15 +77,57 @@ def safe_join(folder: str, name: str) -> str:
             f"{folder}: the name {name!r} is refused; allowed are relative names "
             "of A-Z a-z 0-9 . _ - and / without '..'"
         )
-    return os.path.join(folder, name)
+    return os.path.join(folder, name)  # of a URL too
+
+
+def open_read(path: str) -> BinaryIO:
+    """The file at a path or URL for reading and seeking.
+
+    Raises FileNotFoundError (for a URL it is a MissingError, which is an InputError too).
+    """
+    return remote.open_read(path) if is_remote(path) else open(local_path(path), "rb")
+
+
+def read_bytes(path: str) -> bytes:
+    """The content of the file at a path or URL. Raises as `open_read` does."""
+    if is_remote(path):
+        return remote.read_bytes(path)
+    with open(local_path(path), "rb") as file:
+        return file.read()
+
+
+def size_of(path: str) -> int:
+    """Bytes of the file at a path or URL. Raises as `open_read` does."""
+    return remote.size_of(path) if is_remote(path) else os.path.getsize(local_path(path))
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or a folder at a path or URL."""
+    return remote.exists(path) if is_remote(path) else os.path.exists(local_path(path))
+
+
+def download(url: str, local: str, n_bytes: int | None, *, store_checks: bool = True) -> None:
+    """See `remote.download`."""
+    remote.download(url, local, n_bytes, store_checks=store_checks)
+
+
+def put_file(local: str, path: str) -> None:
+    """Copy the local file to a path or URL, where it appears whole or not at all."""
+    if is_remote(path):
+        remote.put_file(local, path)
+        return
+    with open(local, "rb") as source, atomic_write(local_path(path)) as file:
+        shutil.copyfileobj(source, file, 1 << 20)
 
 
 def list_files(path: str) -> list[str]:
     """The files that `path` names, sorted: a file, a folder (walked), or a glob (`**` allowed).
 
-    Hidden files (`.x`) and marks such as `_SUCCESS` inside a folder are left out.
-    Raises InputError when nothing is there.
+    Hidden files (`.x`) and marks such as `_SUCCESS` inside a folder are left out. The files of a
+    URL are URLs. Raises InputError when nothing is there.
     """
+    if is_remote(path):
+        return remote.list_files(path)
     local = local_path(path)
     if os.path.isfile(local):
         return [local]

@@ -17,34 +17,34 @@ A run folder::
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from openlm_lite import checkpoint, dist, log, metrics, run, storage
+from openlm_lite import checkpoint, dist, log, run
 from openlm_lite.checkpoint import TrainState
-from openlm_lite.commit import DamagedError, read_commit, step_folders
-from openlm_lite.data.dataset import Dataset, check_fits_model, open_dataset
-from openlm_lite.data.order import ORDER_VERSION
+from openlm_lite.data.sources import (
+    bad_shards_of,
+    check_same_data,
+    data_facts,
+    open_sources,
+    open_stream,
+)
 from openlm_lite.data.stream import Batch, TokenStream, train_batches, val_batches
 from openlm_lite.dist import World
 from openlm_lite.errors import InputError, RunError
 from openlm_lite.eval.loss import validation_loss
-from openlm_lite.inherit import Record, describe, first_weights, open_init_source
+from openlm_lite.inherit import first_weights, open_init_source
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
 from openlm_lite.optim.schedule import lr_at
 from openlm_lite.parallel import build_sharded_model, set_gradient_sync
 from openlm_lite.run import RunConfig
+from openlm_lite.run_folder import run_folder
+from openlm_lite.sinks import Clock, Losses, Sinks, every
 
 DONE, STOPPED = 0, 75
 """exit codes: trained to the end; stopped on request with a checkpoint saved"""
@@ -62,13 +62,14 @@ def train(cfg: RunConfig) -> int:
     """
     _, world_size, _ = dist.launched()
     micro_batches = cfg.micro_batches(world_size)
-    train_set, val_sets = open_data(cfg)
+    train_sets, val_sets = open_sources(cfg.data, cfg.model.vocab_size)
+    stream = open_stream(cfg.data, train_sets, cfg.steps * cfg.global_batch_tokens)
     folder = Path(cfg.run.dir).expanduser()
     source = open_init_source(cfg.model.init_from, cfg.model.architecture, folder)
     make_deterministic(cfg)
 
     world = dist.init(cfg.run.device)
-    with run_folder(cfg, folder, train_set) as stop:
+    with run_folder(cfg, folder, stream) as stop, ExitStack() as at_end:
         mesh = dist.data_parallel_mesh(world)
         model = build_sharded_model(
             cfg.model.architecture, mesh, cfg.parallel, world.device, cfg.run.seed
@@ -81,19 +82,21 @@ def train(cfg: RunConfig) -> int:
             state = TrainState(step=0, tokens=0, next_sample=0)
             origin = first_weights(model, cfg.model.init_from, source, folder)
         else:
-            check_same_data(commit.facts, train_set)
+            check_same_data(commit.facts, stream)
+            stream.bad_shards.update(bad_shards_of(commit.facts))
             origin = commit.facts.get("init_from")
             state = checkpoint.load_checkpoint(commit, model, optimizer)
         del source  # and with it what it has open
         sinks = Sinks(cfg, folder, world, resume_step=-1 if commit is None else state.step)
-        sinks.banner(train_set, origin, resumed=commit is not None)
+        at_end.callback(sinks.close)
+        sinks.banner(stream, origin, resumed=commit is not None)
 
         def save(state: TrainState) -> None:
             documents = {
                 "config.yaml": run.resolved_yaml(cfg),
                 "model.json": run.model_json(cfg.model.architecture),
             }
-            facts = data_facts(train_set) | ({"init_from": origin} if origin else {})
+            facts = data_facts(stream) | ({"init_from": origin} if origin else {})
             path = checkpoint.save_checkpoint(
                 root, model, optimizer, state, documents=documents, facts=facts, cfg=cfg.checkpoint
             )
@@ -108,10 +111,10 @@ def train(cfg: RunConfig) -> int:
                     max_tokens=cfg.eval.tokens,
                     rank=world.rank,
                     world_size=world.world_size,
+                    masks=cfg.data,
                 )
                 sinks.validation(state, name, validation_loss(model, batches, world.device))
 
-        stream = TokenStream(train_set, cfg.data.seq_len, cfg.data.seed, cfg.data.shuffle_shards)
         batches = train_batches(
             stream,
             first_sample=state.next_sample,
@@ -119,7 +122,9 @@ def train(cfg: RunConfig) -> int:
             rank=world.rank,
             world_size=world.world_size,
             prefetch=cfg.data.prefetch_batches,
+            masks=cfg.data,
         )
+        at_end.callback(batches.close)
         if state.step == 0:
             validate(state)
 
@@ -130,8 +135,10 @@ def train(cfg: RunConfig) -> int:
             batch = next(batches)
             clock.lap("data")
 
+            for message in share_bad_shards(stream, world):
+                sinks.say(f"step {state.step}: left out: {message}")
             losses, stop_wanted = forward_backward(
-                model, batch, micro_batches, cfg.loss.z_loss, world, stop.requested
+                model, batch, micro_batches, cfg.loss.z_loss, world, stop.requested, stream.names
             )
             grad_norm = clip_gradients(model, cfg.optim.grad_clip).item()
             if not (math.isfinite(losses.ce) and math.isfinite(grad_norm)):
@@ -151,7 +158,7 @@ def train(cfg: RunConfig) -> int:
                 next_sample=batch.first_index + cfg.global_batch,
             )
             clock.lap("step")
-            sinks.step(state, losses, grad_norm, lr, clock)
+            sinks.step(state, losses, grad_norm, lr, clock, stream)
 
             done = state.step == cfg.steps
             if done or every(cfg.eval.every_steps, state.step):
@@ -166,19 +173,6 @@ def train(cfg: RunConfig) -> int:
         return DONE
 
 
-def every(n: int, step: int) -> bool:
-    """True at each n-th step; never for n = 0."""
-    return n > 0 and step % n == 0
-
-
-class Losses(NamedTuple):
-    """Of one global batch, nats per target."""
-
-    ce: float
-    z: float
-    """the z-loss as it is added: with its coefficient"""
-
-
 def forward_backward(
     model: Transformer,
     batch: Batch,
@@ -186,77 +180,88 @@ def forward_backward(
     z_loss: float,
     world: World,
     stop_requested: bool,
+    sources: tuple[str, ...] = (),
 ) -> tuple[Losses, bool]:
     """Gradients of one global batch; returns its losses and whether any rank wants to stop.
 
     What is minimised is the mean over the targets of all ranks and micro-batches, each token
     counting once, whatever the split; with a z-loss, plus z_loss times its mean over all
-    positions.
+    positions. With several `sources` (which batch.sources_B number), the loss of each is found too.
     """
     n_positions = batch.targets_BT.numel() * world.world_size
-    counts = torch.stack((n_targets_of(batch).float(), torch.tensor(float(stop_requested)))).to(
-        world.device
-    )
+    counts = torch.tensor(  # float64 holds all of these exactly
+        [n_targets_of(batch), batch.checksum, stop_requested], dtype=torch.float64
+    ).to(world.device)
     torch.distributed.all_reduce(counts)
-    n_targets = counts[0]
+    n_targets = counts[0].clamp(min=1).float()  # all rows may be of shards that are left out
     z_weight = z_loss * n_targets / n_positions if z_loss else 0.0
 
     found = torch.zeros(2, device=world.device)
-    parts = zip(
-        batch.tokens_BT.chunk(micro_batches), batch.targets_BT.chunk(micro_batches), strict=True
-    )
-    for i, (tokens_BT, targets_BT) in enumerate(parts):
+    by_source = torch.zeros(2, len(sources), device=world.device)
+    for i, part in enumerate(micro_batches_of(batch, micro_batches)):
         set_gradient_sync(model, i == micro_batches - 1)
+        targets_BT = part.targets_BT.to(world.device, non_blocking=True)
+        documents = part.doc_ids_BT
         sums = model(
-            tokens_BT.to(world.device, non_blocking=True),
-            targets_BT.to(world.device, non_blocking=True),
+            part.tokens_BT.to(world.device, non_blocking=True),
+            targets_BT,
             z_weight=z_weight,
+            doc_ids_BT=None if documents is None else documents.to(world.device, non_blocking=True),
         )
         # FSDP averages gradients over the ranks, n_targets already counts all of them.
         (sums.total * (world.world_size / n_targets)).backward()
         found += torch.stack((sums.ce / n_targets, z_weight * sums.z / n_targets))
+        if part.sources_B is not None:
+            ce_B = sums.ce_N.view_as(targets_BT).sum(1)
+            n_B = (targets_BT >= 0).sum(1).float()
+            by_source.index_add_(1, part.sources_B.to(world.device), torch.stack((ce_B, n_B)))
+    found = torch.cat((found, by_source.flatten()))
     torch.distributed.all_reduce(found)
-    return Losses(*found.tolist()), bool(counts[1] > 0)
+    ce, z, *rest = found.tolist()
+    pairs = zip(sources, rest[: len(sources)], rest[len(sources) :], strict=True)
+    by_name = {name: s / n for name, s, n in pairs if n}
+    return Losses(ce, z, by_name, int(counts[1])), bool(counts[2] > 0)
 
 
-def n_targets_of(batch: Batch) -> Tensor:
+def micro_batches_of(batch: Batch, n: int) -> list[Batch]:
+    """The batch in `n` equal parts."""
+    columns = [(None,) * n if t is None else t.chunk(n) for t in (*batch[:3], batch.sources_B)]
+    return [
+        Batch(tokens, targets, documents, batch.first_index, sources)
+        for tokens, targets, documents, sources in zip(*columns, strict=True)
+    ]
+
+
+def share_bad_shards(stream: TokenStream, world: World) -> list[str]:
+    """Tell all ranks of the shards that one of them left out; returns what is new to this one.
+
+    Raises InputError, on every rank, where they are more than data.max_bad_shards.
+    """
+    if stream.max_bad_shards == 0:
+        return []
+    mine = dict(stream.bad_shards)  # the thread that reads ahead adds to it
+    count = torch.tensor(float(len(mine.keys() - stream.told)), device=world.device)
+    torch.distributed.all_reduce(count)
+    if not count:
+        return []
+    everybodys: list[dict[tuple[str, int], str]] = [{} for _ in range(world.world_size)]
+    torch.distributed.all_gather_object(everybodys, mine)
+    for other in everybodys:
+        stream.bad_shards.update(other)
+    known = {key: message for other in everybodys for key, message in other.items()}
+    if len(known) > stream.max_bad_shards:
+        raise InputError(
+            f"{len(known)} shards are bad, more than data.max_bad_shards = "
+            f"{stream.max_bad_shards}:\n  " + "\n  ".join(known.values())
+        )
+    new = [message for key, message in known.items() if key not in stream.told]
+    stream.told.update(known)
+    return new
+
+
+def n_targets_of(batch: Batch) -> int:
     """Targets of this rank that count."""
-    return (batch.targets_BT >= 0).sum()
-
-
-def open_data(cfg: RunConfig) -> tuple[Dataset, dict[str, Dataset]]:
-    """The datasets of the run, checked against the model and each other."""
-    train_set = open_dataset(cfg.data.train)
-    val_sets = {name: open_dataset(path) for name, path in cfg.data.val.items()}
-    for dataset in (train_set, *val_sets.values()):
-        dataset.rows_per_block(cfg.data.seq_len)
-        check_fits_model(dataset, cfg.model.vocab_size)
-        if dataset.info.tokenizer.fingerprint != train_set.info.tokenizer.fingerprint:
-            raise InputError(
-                f"{dataset.folder}: made with the tokenizer {dataset.info.tokenizer.name}, but "
-                f"the training data with {train_set.info.tokenizer.name} "
-                f"({train_set.folder}); prepare both with the same one"
-            )
-    return train_set, val_sets
-
-
-def data_facts(train_set: Dataset) -> dict[str, Any]:
-    """What a checkpoint keeps of the data, for `check_same_data`."""
-    return {"manifest_sha256": train_set.manifest_sha256, "order_version": ORDER_VERSION}
-
-
-def check_same_data(facts: Mapping[str, Any], train_set: Dataset) -> None:
-    """A resumed run must read the data that it started on, in the order that it started with."""
-    if facts.get("order_version") != ORDER_VERSION:
-        raise InputError(
-            f"this run read its data in order {facts.get('order_version')}, this version of "
-            f"openlm_lite reads in order {ORDER_VERSION}; finish it with the version that began it"
-        )
-    if facts.get("manifest_sha256") != train_set.manifest_sha256:
-        raise InputError(
-            f"{train_set.folder}: its manifest is not the one that this run was trained on; "
-            "restore that data or use a new run.dir"
-        )
+    return int((batch.targets_BT >= 0).sum())
 
 
 def make_deterministic(cfg: RunConfig) -> None:
@@ -264,176 +269,3 @@ def make_deterministic(cfg: RunConfig) -> None:
     if cfg.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-
-
-def is_beginning(name: str) -> bool:
-    """What a run that was killed before its config.yaml was there may have left."""
-    return name in ("lock", "log.txt") or (name.startswith(".") and "config.yaml" in name)
-
-
-def check_folder(cfg: RunConfig, folder: Path, train_set: Dataset) -> None:
-    """Raises InputError if `folder` is not free for this run."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise InputError(f"run.dir: {folder} is a file, not a folder")
-    metrics_file = folder / "metrics.jsonl"
-    started = metrics_file.is_file() and metrics_file.stat().st_size > 0
-    if (folder / "config.yaml").is_file():
-        if started:
-            run.check_same_run(cfg, folder)
-        for path in step_folders(str(folder / "checkpoints"))[:1]:
-            with suppress(DamagedError):  # latest_checkpoint puts it aside, and tries an older one
-                check_same_data(read_commit(path).facts, train_set)
-    elif others := sorted(p.name for p in folder.iterdir() if not is_beginning(p.name)):
-        raise InputError(
-            f"run.dir: {folder} holds other things ({', '.join(others[:5])}) and no run; "
-            "name a new folder"
-        )
-
-
-@contextmanager
-def run_folder(cfg: RunConfig, folder: Path, train_set: Dataset) -> Iterator[dist.StopRequest]:
-    """The folder made, locked and described by rank 0; let go of, with the group, at the end."""
-    locks: list[IO[str]] = []
-
-    def claim() -> None:
-        check_folder(cfg, folder, train_set)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            locks.append(take_lock(folder))
-        except OSError as e:
-            raise InputError(f"run.dir: {folder} cannot be used: {e.strerror}") from None
-        check_folder(cfg, folder, train_set)  # again: another run may have been quicker
-        storage.write_bytes(str(folder / "config.yaml"), run.resolved_yaml(cfg).encode())
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            source = Path(train_set.folder) / name
-            if source.is_file():
-                shutil.copyfile(source, folder / name)
-        log.setup_console(folder / "log.txt")
-
-    stop = None
-    try:
-        dist.on_main(claim)
-        stop = dist.StopRequest()
-        yield stop
-    except Exception as e:
-        if locks:
-            log.logger.error("ended by %s: %s", type(e).__name__, e)
-        raise
-    finally:
-        if stop is not None:
-            stop.release()
-        log.close_console()
-        for lock in locks:
-            lock.close()
-        dist.close()
-
-
-def take_lock(folder: Path) -> IO[str]:
-    """Hold `folder`/lock until the file is closed or the process dies, however it dies."""
-    file = (folder / "lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
-        raise InputError(
-            f"run.dir: {folder} is in use by another run ({owner}); stop it or use another folder"
-        ) from None
-    except OSError as e:
-        file.close()
-        raise InputError(
-            f"run.dir: {folder} cannot be locked ({e.strerror}); use a file system that has flock "
-            "(Lustre: mounted with -o flock)"
-        ) from None
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
-    file.flush()
-    return file
-
-
-class Clock:
-    """Seconds of the phases of one step."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = now - self.last
-        self.last = now
-
-    @property
-    def total(self) -> float:
-        return self.last - self.start
-
-
-class Sinks:
-    """Where rank 0 reports to: console, log.txt and metrics.jsonl. Silent on other ranks."""
-
-    def __init__(self, cfg: RunConfig, folder: Path, world: World, resume_step: int) -> None:
-        self.cfg, self.world = cfg, world
-        self.flops_per_token = cfg.model.flops_per_token(cfg.data.seq_len)
-        self.seconds_per_step = 0.0
-        self.file = (
-            log.MetricsFile(folder / "metrics.jsonl", resume_step) if world.is_main else None
-        )
-
-    def say(self, message: str) -> None:
-        if self.file is not None:
-            log.logger.info(message)
-
-    def banner(self, train_set: Dataset, origin: Record | None, resumed: bool) -> None:
-        cfg, world = self.cfg, self.world
-        self.say(
-            f"{log.human(cfg.model.n_params)} parameters, {cfg.steps} steps of "
-            f"{cfg.global_batch} x {cfg.data.seq_len} tokens, "
-            f"{world.world_size} x {world.device.type} ({cfg.parallel.precision}), "
-            f"data {train_set.folder} "
-            f"({log.human(train_set.n_blocks * train_set.block_tokens)} tokens)"
-        )
-        if resumed:
-            self.say(f"resuming {cfg.run.dir}")
-        elif origin is not None:
-            for line in describe(origin, cfg.model.init_from):
-                self.say(line)
-
-    def step(
-        self, state: TrainState, losses: Losses, grad_norm: float, lr: float, clock: Clock
-    ) -> None:
-        """One record for the file; at intervals one line for people."""
-        if self.file is None:
-            return
-        record = {
-            "step": state.step,
-            "tokens": state.tokens,
-            "train/loss": losses.ce,
-            "train/grad_norm": grad_norm,
-            "train/lr": lr,
-            **metrics.throughput(
-                self.cfg.global_batch_tokens,
-                clock.total,
-                self.world.world_size,
-                self.flops_per_token,
-                self.world.device,
-            ),
-            "perf/data_wait": clock.laps["data"],
-        }
-        if self.cfg.loss.z_loss:
-            record["train/z_loss"] = losses.z
-        self.file.write(record)
-        # a moving average over about ten steps, for a calm estimate of the time left
-        weight = 0.1 if self.seconds_per_step else 1.0
-        self.seconds_per_step += weight * (clock.total - self.seconds_per_step)
-        if every(self.cfg.log.every_steps, state.step) or state.step == self.cfg.steps:
-            left = (self.cfg.steps - state.step) * self.seconds_per_step
-            self.say(log.step_line(record, self.cfg.steps, left))
-
-    def validation(self, state: TrainState, name: str, loss: float) -> None:
-        if self.file is None:
-            return
-        self.file.write({"step": state.step, "tokens": state.tokens, f"val/{name}/loss": loss})
-        self.say(f"step {state.step}: val/{name}/loss {loss:.4f}")

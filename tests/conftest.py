@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.train_server import TrainServer
 
 REFERENCE_DATA = Path(
     os.environ.get("OPENLM_LITE_REFERENCE_DATA", Path(__file__).parents[2] / "shared" / "data")
 )
+
+settings.register_profile("untimed", deadline=None)  # machines are shared
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

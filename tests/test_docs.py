@@ -46,8 +46,8 @@ def default_of(field: dataclasses.Field[Any]) -> str:
         value = field.default_factory()
     else:
         return "required"
-    names = {None: "null", True: "true", False: "false"}
-    special = value is None or isinstance(value, bool)
+    names = {None: "null", True: "true", False: "false", (): "[]"}
+    special = value is None or value == () or isinstance(value, bool)
     return f"`{names[value] if special else value}`"
 
 

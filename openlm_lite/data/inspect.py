@@ -8,75 +8,69 @@ from typing import Any
 import numpy as np
 
 from openlm_lite import storage
-from openlm_lite.data.dataset import Dataset, load_dataset, open_dataset
+from openlm_lite.data.dataset import load_dataset, open_dataset
 from openlm_lite.data.order import ORDER_VERSION
-from openlm_lite.data.shards import open_shard
-from openlm_lite.data.stream import TokenStream
+from openlm_lite.data.stream import TokenStream, checksum_of
 from openlm_lite.data.tokenizer import load_tokenizer
+from openlm_lite.data.verify import verify_dataset
 from openlm_lite.errors import InputError
 
 _TEXT_IDS = 64  # ids of a row that are decoded for show
 
 
-def inspect_dataset(path: str, verify: bool = False) -> dict[str, Any]:
+def inspect_dataset(
+    path: str, verify: bool = False, workers: int = 1, journal: str | None = None
+) -> dict[str, Any]:
     """What the dataset at `path` holds, as a plain dict.
 
-    `verify` reads every shard and checks headers, size, block count, crc32 and that all ids are in
-    the vocabulary. Raises InputError that lists all bad shards.
+    `verify` reads every shard and checks it, see verify.py for `workers` and `journal`. Raises
+    InputError that lists all bad shards.
     """
+    report = verify_dataset(path, workers, journal) if verify else None
     dataset = load_dataset(path) if verify else open_dataset(path)
-    if verify:
-        verify_dataset(dataset)
     info = asdict(dataset.info)
     return {
         "path": dataset.folder,
         "n_shards": len(dataset.manifest.shards),
         "n_blocks": dataset.n_blocks,
-        "bytes": sum(entry.bytes for entry in dataset.manifest.shards),
+        "bytes": sum(entry.bytes or 0 for entry in dataset.manifest.shards),
         "manifest_sha256": dataset.manifest_sha256,
         "order_version": ORDER_VERSION,
         "verified": verify,
+        **({} if report is None else {"n_from_journal": report.n_from_journal}),
         **info,
     }
 
 
-def verify_dataset(dataset: Dataset) -> None:
-    """Read and check every shard. Raises one InputError that lists all bad ones."""
-    bad: list[str] = []
-    for entry in dataset.manifest.shards:
-        shard = storage.safe_join(dataset.folder, entry.file_name)
-        try:
-            open_shard(shard, entry, dataset.info, verify=True)
-        except InputError as e:
-            bad.append(str(e))
-    if bad:
-        count = len(dataset.manifest.shards)
-        raise InputError(f"{len(bad)} of {count} shards are bad:\n" + "\n".join(bad))
-
-
 def inspect_step(
-    dataset: Dataset, stream: TokenStream, step: int, global_batch: int
-) -> list[dict[str, Any]]:
-    """The rows of the global batch of `global_batch` rows at `step` (from 0), with their text.
+    stream: TokenStream, step: int, global_batch: int
+) -> tuple[int, list[dict[str, Any]]]:
+    """(checksum, rows with their text) of the batch of `global_batch` rows at `step` (from 0).
 
     True for runs that kept one batch size from sample 0 on.
     """
     if step < 0 or global_batch < 1:
         raise InputError(f"step {step}, batch of {global_batch} rows: needed are >= 0 and >= 1")
-    tokenizer = load_tokenizer(dataset.folder)
-    samples = range(step * global_batch, (step + 1) * global_batch)
-    rows = stream.rows(np.array(samples))
+    folder = stream.sources[0].dataset.folder
+    has_words = storage.exists(f"{folder}/tokenizer.json")  # OpenLM's shards have none
+    tokenizer = load_tokenizer(folder) if has_words else None
+    samples = np.arange(step * global_batch, (step + 1) * global_batch)
+    places = stream.places(samples)
+    rows, _ = stream.read(places)
     found: list[dict[str, Any]] = []
-    for sample, ids in zip(samples, rows, strict=True):
-        epoch, shard, block, row = stream.locate(sample)
+    for sample, ids, s, epoch, shard, row in zip(samples.tolist(), rows, *places, strict=True):
+        source = stream.sources[s]
+        block, part = source.block_and_row(int(row))
         found.append(
             {
                 "sample": sample,
-                "epoch": epoch,
-                "shard": dataset.manifest.shards[shard].file_name,
+                "source": stream.names[s],
+                "epoch": int(epoch),
+                "shard": source.dataset.manifest.shards[shard].file_name,
                 "block": block,
-                "row": row,
-                "text": tokenizer.decode(ids[:_TEXT_IDS].tolist()),
+                "row": part,
             }
         )
-    return found
+        shown = ids[:_TEXT_IDS].tolist()
+        found[-1] |= {"ids": shown} if tokenizer is None else {"text": tokenizer.decode(shown)}
+    return checksum_of(rows), found

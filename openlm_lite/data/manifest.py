@@ -37,8 +37,9 @@ class ShardEntry:
     shard: str  # file name without ".tar", as OpenLM's manifests have it
     num_sequences: int  # blocks
     num_tokens: int  # num_sequences * block_tokens
-    bytes: int  # size of the tar file
-    crc32: int  # of the whole tar file, as zlib.crc32 gives it
+    # OpenLM's manifests have neither of these
+    bytes: int | None  # size of the tar file
+    crc32: int | None  # of the whole tar file, as zlib.crc32 gives it
 
     @property
     def file_name(self) -> str:
@@ -56,12 +57,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """Which tokenizer made the ids. `vocab_size` counts holes too: every id is below it."""
+    """Which tokenizer made the ids. `vocab_size` counts holes too: every id is below it.
+
+    None is what nobody knows: OpenLM's shards do not say how they were made.
+    """
 
     name: str
-    fingerprint: str
-    vocab_size: int
-    eot_id: int
+    fingerprint: str | None
+    vocab_size: int | None
+    eot_id: int | None
 
 
 @dataclass(frozen=True)
@@ -116,16 +120,56 @@ def load_manifest(path: str) -> Manifest:
             bytes=_field(values, "bytes", int, place),
             crc32=_field(values, "crc32", int, place),
         )
-        storage.safe_join(os.path.dirname(path), entry.file_name)
-        if entry.num_sequences < 1:
-            raise InputError(f"{place}: num_sequences is {entry.num_sequences}; allowed: >= 1")
-        if entry.file_name in seen:
-            raise InputError(f"{place}: shard {entry.shard!r} is listed twice; remove one line")
-        seen.add(entry.file_name)
+        _check_line(path, place, entry, seen)
         shards.append(entry)
     if not shards:
         raise InputError(f"{path}: lists no shard; prepare the dataset again")
     return Manifest(path, tuple(shards), hashlib.sha256(raw).hexdigest())
+
+
+def load_openlm_manifest(path: str) -> tuple[list[ShardEntry], str]:
+    """The lines of a manifest of OpenLM's or DCLM's, `num_tokens` still 0, and the file's sha256.
+
+    `num_sequences`, or `num_chunks` in old ones; `bytes` and `crc32` where a line has them.
+    Raises InputError with file and line.
+    """
+    raw = _read(path, "OpenLM's shards have a manifest.jsonl")
+    shards: list[ShardEntry] = []
+    seen: set[str] = set()
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        values = _mapping(line, place)
+        if "num_tokens" in values:  # ours
+            raise InputError(
+                f"{os.path.join(os.path.dirname(path), INFO_NAME)}: no such file; it stands beside "
+                "what `openlm prepare` made: restore it or prepare the data again"
+            )
+        old = "num_chunks" in values and "num_sequences" not in values
+        shards.append(
+            ShardEntry(
+                shard=_field(values, "shard", str, place),
+                num_sequences=_field(values, "num_chunks" if old else "num_sequences", int, place),
+                num_tokens=0,
+                bytes=_field(values, "bytes", int, place) if "bytes" in values else None,
+                crc32=_field(values, "crc32", int, place) if "crc32" in values else None,
+            )
+        )
+        _check_line(path, place, shards[-1], seen)
+    if not shards:
+        raise InputError(f"{path}: lists no shard")
+    return shards, hashlib.sha256(raw).hexdigest()
+
+
+def _check_line(path: str, place: str, entry: ShardEntry, seen: set[str]) -> None:
+    """What every manifest's lines are held to; adds the shard to those `seen`."""
+    storage.safe_join(os.path.dirname(path), entry.file_name)
+    if entry.num_sequences < 1:
+        raise InputError(f"{place}: num_sequences is {entry.num_sequences}; allowed: >= 1")
+    if entry.file_name in seen:
+        raise InputError(f"{place}: shard {entry.shard!r} is listed twice; remove one line")
+    seen.add(entry.file_name)
 
 
 def load_info(path: str) -> DatasetInfo:
@@ -142,9 +186,10 @@ def load_info(path: str) -> DatasetInfo:
     place = f"{path}: tokenizer"
     tokenizer = TokenizerInfo(
         name=_field(inner, "name", str, place),
-        fingerprint=_field(inner, "fingerprint", str, place),
+        # null where the ids came from shards that do not tell
+        fingerprint=_field(inner, "fingerprint", str, place, optional=True),
         vocab_size=_field(inner, "vocab_size", int, place),
-        eot_id=_field(inner, "eot_id", int, place),
+        eot_id=_field(inner, "eot_id", int, place, optional=True),
     )
     kinds = {"dtype": str, "fingerprint": str, "config": dict, "sources": list}
     rest = {
@@ -181,8 +226,7 @@ def check_agree(manifest: Manifest, info: DatasetInfo) -> None:
 
 def _read(path: str, remedy: str) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return storage.read_bytes(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {remedy}") from None
 
@@ -197,10 +241,14 @@ def _mapping(raw: bytes, place: str) -> dict[str, Any]:
     return values
 
 
-def _field(values: dict[str, Any], name: str, kind: type, place: str) -> Any:
+def _field(
+    values: dict[str, Any], name: str, kind: type, place: str, optional: bool = False
+) -> Any:
     if name not in values:
         raise InputError(f"{place}: field {name!r} is missing; it has {sorted(values)}")
     value = values[name]
+    if optional and value is None:
+        return None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise InputError(f"{place}: {name} is {value!r}; expected {kind.__name__}")
     return value

@@ -88,10 +88,8 @@ def check_size(path: str, entry: ShardEntry) -> None:
     try:
         size = os.stat(path).st_size
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: this shard of the manifest is missing (byte 0 of {entry.bytes}); {_REMEDY}"
-        ) from None
-    if size != entry.bytes:
+        raise InputError(f"{path}: this shard of the manifest is missing; {_REMEDY}") from None
+    if entry.bytes is not None and size != entry.bytes:
         raise damaged(path, min(size, entry.bytes), f"{size} bytes, the manifest has {entry.bytes}")
 
 
@@ -103,7 +101,7 @@ def open_shard(path: str, entry: ShardEntry, info: DatasetInfo, *, verify: bool)
     below the vocabulary size. Raises InputError with the shard and the offset.
     """
     check_size(path, entry)
-    if entry.bytes < _END_OF_ARCHIVE:
+    if os.stat(path).st_size < _END_OF_ARCHIVE:
         raise damaged(path, 0, f"{entry.bytes} bytes are not a tar file")
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -123,25 +121,43 @@ def open_shard(path: str, entry: ShardEntry, info: DatasetInfo, *, verify: bool)
     )
     if verify:
         data.madvise(mmap.MADV_WILLNEED)
-        crc = zlib.crc32(data)
-        if crc != entry.crc32:
-            raise damaged(
-                path, 0, f"crc32 of bytes 0 to {len(data)} is {crc}, the manifest has {entry.crc32}"
-            )
+        check_crc32(path, data, entry)
         _check_ids(path, ids, layout, info)
     return ids
 
 
+def check_crc32(path: str, data: mmap.mmap, entry: ShardEntry) -> int:
+    """The crc32 of the shard's bytes. Raises InputError if the manifest has another one."""
+    crc = zlib.crc32(data)
+    if entry.crc32 not in (None, crc):
+        raise damaged(
+            path, 0, f"crc32 of bytes 0 to {len(data)} is {crc}, the manifest has {entry.crc32}"
+        )
+    return crc
+
+
 def _check_ids(path: str, ids: np.ndarray, layout: Layout, info: DatasetInfo) -> None:
-    largest = int(ids.max())
-    if largest < info.tokenizer.vocab_size:
+    limit = info.tokenizer.vocab_size
+    if limit is None or int(ids.max()) < limit:
         return
-    block, column = np.argwhere(ids >= info.tokenizer.vocab_size)[0].tolist()
+    block, column = np.argwhere(ids >= limit)[0].tolist()
     offset = layout.first + block * layout.stride + column * ids.itemsize
     raise InputError(
         f"{path}: byte {offset}: token id {ids[block, column]} in block {block} is outside the "
-        f"vocabulary of {info.tokenizer.vocab_size} ids ({info.tokenizer.name}); the shard was "
+        f"vocabulary of {limit} ids ({info.tokenizer.name}); the shard was "
         "made with another tokenizer: prepare the data again"
+    )
+
+
+def check_below(path: str, ids: np.ndarray, limit: int) -> None:
+    """Raises InputError unless all ids are below the `limit` of the model that will read them."""
+    if int(ids.max()) < limit:
+        return
+    block, column = np.argwhere(ids >= limit)[0].tolist()
+    raise InputError(
+        f"{path}: token id {ids[block, column]} in block {block} (item {column}) is outside the "
+        f"model's vocabulary of {limit} ids; raise model.vocab_size to what the data's tokenizer "
+        "has, or use other data"
     )
 
 

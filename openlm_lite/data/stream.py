@@ -1,6 +1,6 @@
 """From the blocks of a dataset to this rank's batches.
 
-    TokenStream(dataset, seq_len, …)       endless: sample i -> row of seq_len + 1 ids
+    TokenStream(sources, mixture)          endless: sample i -> row of seq_len + 1 ids
     train_batches(stream, …)               global batch b = samples [first + b*G, first + (b+1)*G);
                                            rank r gets every world_size-th of them, from r on
     val_batches(dataset, …)                rows in the order of the shards, once
@@ -13,44 +13,24 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Generator, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from openlm_lite.data.dataset import Dataset
-from openlm_lite.data.order import Places, RowOrder
+from openlm_lite.data.dataset import BadShardError, Dataset
+from openlm_lite.data.manifest import DatasetInfo
+from openlm_lite.data.mixture import Mixture
+from openlm_lite.data.order import RowOrder
+from openlm_lite.data.packing import IGNORE_INDEX, MaskConfig, apply_masks
 from openlm_lite.data.shards import npy_dtype
 from openlm_lite.errors import InputError
 
-# torch's cross_entropy leaves such targets out by default
-IGNORE_INDEX = -100
+NO_MASKS = MaskConfig()
 # Samples whose places are computed at once: the numpy calls cost the same for 1 and for 1,000.
 _PLACES_AT_ONCE = 2048
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What a run trains and validates on."""
-
-    train: str  # dataset folder (or its manifest.jsonl)
-    seq_len: int  # tokens per row; divides the dataset's block_tokens
-    val: dict[str, str] = field(default_factory=dict)  # name -> dataset folder
-    seed: int = 0  # of the order of the rows
-    shuffle_shards: int = 16  # rows are shuffled within windows of this many shards
-    prefetch_batches: int = 4  # read ahead in a background thread; 0 = read when asked
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name, least in (("seq_len", 1), ("seed", 0), ("shuffle_shards", 1)):
-            if getattr(self, name) < least:
-                problems.append(f"{name} = {getattr(self, name)}, must be at least {least}")
-        if self.prefetch_batches < 0:
-            problems.append(f"prefetch_batches = {self.prefetch_batches}, must not be negative")
-        if problems:
-            raise InputError("data: " + "; ".join(problems))
 
 
 class Batch(NamedTuple):
@@ -58,48 +38,158 @@ class Batch(NamedTuple):
 
     tokens_BT: torch.Tensor  # int64
     targets_BT: torch.Tensor  # int64; IGNORE_INDEX where there is no target
+    doc_ids_BT: torch.Tensor | None  # int32; None: attention does not stop at documents
     first_index: int  # index of the first row of the batch over all ranks
+    sources_B: torch.Tensor | None = None  # int64; None: there is one source
+    checksum: int = 0  # sum of the crc32 of its rows, as they were read
+
+
+class SourceRows:
+    """The rows of one dataset, in the order of `RowOrder`, over endless epochs."""
+
+    def __init__(
+        self, dataset: Dataset, seq_len: int, *, seed: int, shuffle_shards: int, lanes: int = 1
+    ) -> None:
+        self.dataset = dataset
+        self.seq_len = seq_len
+        self.lanes = lanes
+        self._rows_per_block = dataset.rows_per_block(seq_len)
+        blocks = np.array([entry.num_sequences for entry in dataset.manifest.shards])
+        self.order = RowOrder(
+            blocks * self._rows_per_block, seed=seed, shuffle_shards=shuffle_shards, lanes=lanes
+        )
+        # a batch across two windows must not close the shards that the next one needs
+        dataset.max_open_shards = max(dataset.max_open_shards, 2 * max(shuffle_shards, lanes))
+
+    def block_and_row(self, row: int) -> tuple[int, int]:
+        """(block, row within the block) of the row `row` of a shard."""
+        return divmod(row, self._rows_per_block)
+
+    def read(self, shards: np.ndarray, rows: np.ndarray, out: np.ndarray) -> list[BadShardError]:
+        """Fill `out` [n, seq_len + 1] with these rows; those of bad shards are left as they are."""
+        blocks, parts = np.divmod(rows, self._rows_per_block)
+        starts = parts * self.seq_len
+        opened: dict[int, np.ndarray] = {}
+        bad: list[BadShardError] = []
+        for shard in np.unique(shards).tolist():
+            try:
+                opened[shard] = self.dataset.blocks(shard)
+            except BadShardError as e:
+                bad.append(e)
+        where = zip(shards.tolist(), blocks.tolist(), starts.tolist(), strict=True)
+        for k, (shard, block, start) in enumerate(where):
+            if shard in opened:
+                out[k] = opened[shard][block, start : start + self.seq_len + 1]
+        return bad
+
+
+class Origin(NamedTuple):
+    """Where samples lie; int64 arrays of one length."""
+
+    source: np.ndarray
+    epoch: np.ndarray  # of the source
+    shard: np.ndarray  # number of the shard in the source's manifest
+    row: np.ndarray  # number of the row within the shard
 
 
 class TokenStream:
-    """Sample i, for every i >= 0, over endless epochs; pure in (dataset, seq_len, seed, K, i)."""
+    """Sample i, for every i >= 0, over endless epochs; pure in (sources, mixture, i).
 
-    def __init__(self, dataset: Dataset, seq_len: int, seed: int, shuffle_shards: int) -> None:
-        self.dataset = dataset
-        self.seq_len = seq_len
-        self._rows_per_block = dataset.rows_per_block(seq_len)
-        blocks = np.array([entry.num_sequences for entry in dataset.manifest.shards])
-        self._order = RowOrder(
-            blocks * self._rows_per_block, seed=seed, shuffle_shards=shuffle_shards
-        )
-        self.rows_per_epoch = self._order.rows_per_epoch
-        # a batch across two windows must not close the shards that the next one needs
-        dataset.max_open_shards = max(dataset.max_open_shards, 2 * shuffle_shards)
+    A shard that cannot be read is an error, or, for up to `max_bad_shards` of them, left out (see
+    `read`). `bad_shards` holds those that were met, (source, shard) -> message; those of an earlier
+    run are put there to be left out again.
+    """
 
-    def locate(self, index: int) -> tuple[int, int, int, int]:
-        """(epoch, shard, block within the shard, row within the block) of sample `index`."""
-        places = self._order.locate(np.array([index]))
-        block, row = divmod(int(places.row[0]), self._rows_per_block)
-        return int(places.epoch[0]), int(places.shard[0]), block, row
+    def __init__(
+        self,
+        sources: Mapping[str, SourceRows],
+        mixture: Mixture | None = None,
+        max_bad_shards: int = 0,
+    ) -> None:
+        """`mixture` may be None for one source alone. All sources have one seq_len."""
+        self.names = tuple(sources)
+        self.sources = tuple(sources.values())
+        self.mixture = mixture
+        self.seq_len = self.sources[0].seq_len
+        self.max_bad_shards = max_bad_shards
+        self.bad_shards: dict[tuple[str, int], str] = {}
+        self.told: set[tuple[str, int]] = set()  # of these, the ones that every rank knows
+        widest = max((s.dataset.info.dtype for s in self.sources), key=lambda name: int(name[4:]))
+        self._dtype = npy_dtype(widest)
 
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        """rows_BI, int64 [len(indices), seq_len + 1]: inputs and, shifted by one, targets."""
-        return self.read(self.places(indices)).astype(np.int64)
-
-    def places(self, indices: np.ndarray) -> Places:
+    def places(self, indices: np.ndarray) -> Origin:
         """Where the samples `indices` (int64, any order) lie, computed at once."""
-        return self._order.locate(indices)
+        source, number = self._of_sources(indices)
+        found = Origin(source, *(np.empty_like(source) for _ in range(3)))
+        for s in self._sources_in(source):
+            here = source == s
+            places = self.sources[s].order.locate(number[here])
+            for column, values in zip(found[1:], places, strict=True):
+                column[here] = values
+        return found
 
-    def read(self, places: Places) -> np.ndarray:
-        """rows_BI [n, seq_len + 1] at `places`, in the dtype of the shards."""
-        blocks, rows = np.divmod(places.row, self._rows_per_block)
-        starts = rows * self.seq_len
-        out = np.empty((len(starts), self.seq_len + 1), dtype=npy_dtype(self.dataset.info.dtype))
-        shards = {s: self.dataset.blocks(s) for s in np.unique(places.shard).tolist()}
-        where = zip(places.shard.tolist(), blocks.tolist(), starts.tolist(), strict=True)
-        for k, (shard, block, start) in enumerate(where):
-            out[k] = shards[shard][block, start : start + self.seq_len + 1]
-        return out
+    def read(self, places: Origin) -> tuple[np.ndarray, np.ndarray | None]:
+        """(rows_BI [n, seq_len + 1] at `places`, in the dtype of the shards; which of them count).
+
+        The second is None where all do; else boolean [n], False for rows of bad shards, which hold
+        zeros. Raises BadShardError where there are more bad shards than `max_bad_shards`.
+        """
+        out = np.empty((len(places.source), self.seq_len + 1), dtype=self._dtype)
+        for s in self._sources_in(places.source):
+            one = len(self.sources) == 1
+            here = slice(None) if one else np.flatnonzero(places.source == s)
+            rows = out if one else out[here]
+            for error in self.sources[s].read(places.shard[here], places.row[here], rows):
+                self._meet(s, error)
+            if not one:
+                out[here] = rows
+        if not self.bad_shards:
+            return out, None
+        bad = [(self.names.index(name), shard) for name, shard in self.bad_shards]
+        counts = np.ones(len(out), dtype=bool)
+        for s, shard in bad:
+            counts &= (places.source != s) | (places.shard != shard)
+        out[~counts] = 0
+        return out, None if counts.all() else counts
+
+    def want(self, indices: np.ndarray) -> None:
+        """Have the shards of these samples, and those that follow them, fetched meanwhile."""
+        source, number = self._of_sources(indices)
+        for s in self._sources_in(source):
+            rows = self.sources[s]
+            rows.dataset.want(rows.order.shards_ahead(number[source == s]))
+
+    def consumed(self, n: int) -> dict[str, tuple[int, float]]:
+        """Source -> (samples, epochs) that lie in the first `n` samples."""
+        counts = np.array([n]) if self.mixture is None else self.mixture.counts(n)
+        per_epoch = [source.order.rows_per_epoch for source in self.sources]
+        return {
+            name: (int(count), count / rows)
+            for name, count, rows in zip(self.names, counts, per_epoch, strict=True)
+        }
+
+    def _of_sources(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        indices = np.asarray(indices, dtype=np.int64)
+        if self.mixture is None:
+            return np.zeros_like(indices), indices
+        return self.mixture.locate(indices)
+
+    def _sources_in(self, source: np.ndarray) -> list[int]:
+        return [0] if len(self.sources) == 1 else np.unique(source).tolist()
+
+    def _meet(self, s: int, error: BadShardError) -> None:
+        key = (self.names[s], error.shard)
+        if key not in self.bad_shards and len(self.bad_shards) >= self.max_bad_shards:
+            raise error
+        self.bad_shards.setdefault(key, str(error))
+
+
+def single_stream(
+    dataset: Dataset, seq_len: int, seed: int, shuffle_shards: int, lanes: int = 1
+) -> TokenStream:
+    """The stream of one dataset."""
+    rows = SourceRows(dataset, seq_len, seed=seed, shuffle_shards=shuffle_shards, lanes=lanes)
+    return TokenStream({"train": rows})
 
 
 def train_batches(
@@ -110,7 +200,8 @@ def train_batches(
     rank: int,
     world_size: int,
     prefetch: int,
-) -> Iterator[Batch]:
+    masks: MaskConfig = NO_MASKS,
+) -> Generator[Batch]:
     """This rank's rows of one global batch after the other, endless, from `first_sample` on.
 
     `global_batch` counts rows over all ranks. Up to `prefetch` batches are read ahead in a thread
@@ -121,29 +212,58 @@ def train_batches(
             f"rank {rank} of {world_size} cannot share batches of {global_batch} rows from sample "
             f"{first_sample}; needed: 0 <= rank < world size <= rows per global batch"
         )
-    batches = _read_train(stream, first_sample, global_batch, rank, world_size)
+    batches = _read_train(stream, first_sample, global_batch, rank, world_size, masks)
     return _in_background(batches, prefetch) if prefetch > 0 else batches
 
 
 def _read_train(
-    stream: TokenStream, first: int, global_batch: int, rank: int, world_size: int
-) -> Iterator[Batch]:
+    stream: TokenStream,
+    first: int,
+    global_batch: int,
+    rank: int,
+    world_size: int,
+    masks: MaskConfig,
+) -> Generator[Batch]:
     mine = np.arange(rank, global_batch, world_size)
     together = max(1, _PLACES_AT_ONCE // len(mine))
+    info = stream.sources[0].dataset.info
     while True:
         firsts = first + global_batch * np.arange(together)
-        places = stream.places((firsts[:, None] + mine).reshape(-1))
+        indices = (firsts[:, None] + mine).reshape(-1)
+        places = stream.places(indices)
+        stream.want(indices)
         for i, batch_first in enumerate(firsts.tolist()):
             part = slice(i * len(mine), (i + 1) * len(mine))
-            rows = stream.read(Places(*(column[part] for column in places)))
-            # widened only here, into the two tensors: twice as fast as gathering int64 rows
-            tokens_BT = torch.from_numpy(rows[:, :-1].astype(np.int64))
-            targets_BT = torch.from_numpy(rows[:, 1:].astype(np.int64))
-            yield Batch(tokens_BT, targets_BT, batch_first)
+            here = Origin(*(column[part] for column in places))
+            yield _batch(stream, here, batch_first, masks, info)
         first += global_batch * together
 
 
-def _in_background(batches: Iterator[Batch], prefetch: int) -> Iterator[Batch]:
+def _batch(
+    stream: TokenStream, places: Origin, first_index: int, masks: MaskConfig, info: DatasetInfo
+) -> Batch:
+    rows, counts = stream.read(places)
+    # widened only here, into the two tensors: twice as fast as gathering int64 rows
+    tokens_BT = torch.from_numpy(rows[:, :-1].astype(np.int64))
+    targets_BT = torch.from_numpy(rows[:, 1:].astype(np.int64))
+    masked = apply_masks(tokens_BT, targets_BT, masks, _eot_id(info))
+    if counts is not None:
+        masked.targets_BT[torch.from_numpy(~counts)] = IGNORE_INDEX
+    sources = torch.from_numpy(places.source) if len(stream.sources) > 1 else None
+    return Batch(*masked, first_index, sources, checksum_of(rows))
+
+
+def checksum_of(rows: np.ndarray) -> int:
+    """Sum of the rows' crc32: of a global batch the same however ranks share it."""
+    return sum(zlib.crc32(row) for row in rows)
+
+
+def _eot_id(info: DatasetInfo) -> int:
+    """-1, which no token has, where the data do not say (see `sources.open_sources`)."""
+    return -1 if info.tokenizer.eot_id is None else info.tokenizer.eot_id
+
+
+def _in_background(batches: Iterator[Batch], prefetch: int) -> Generator[Batch]:
     """Run `batches` in a thread that stays at most `prefetch` items ahead."""
     ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
     stop = threading.Event()
@@ -185,7 +305,8 @@ def val_batches(
     max_tokens: int | None,
     rank: int,
     world_size: int,
-) -> Iterator[Batch]:
+    masks: MaskConfig = NO_MASKS,
+) -> Generator[Batch]:
     """The dataset's rows in order, `batch_size` per rank and batch: rank r has rows r, r+W, ….
 
     At most `max_tokens` tokens (None: all; at least one row) over all ranks. Every rank gets the
@@ -199,7 +320,7 @@ def val_batches(
     shard_rows = [entry.num_sequences * per_block for entry in dataset.manifest.shards]
     ends = np.cumsum(shard_rows)
     for first in range(0, n_rows, batch_size * world_size):
-        tokens = torch.full((batch_size, seq_len), dataset.info.tokenizer.eot_id)
+        tokens = torch.zeros((batch_size, seq_len), dtype=torch.int64)
         targets = torch.full((batch_size, seq_len), IGNORE_INDEX)
         for k in range(batch_size):
             row = first + rank + k * world_size
@@ -210,4 +331,4 @@ def val_batches(
             ids = dataset.blocks(shard)[block, part * seq_len : (part + 1) * seq_len + 1]
             ids_T = torch.from_numpy(ids.astype(np.int64))
             tokens[k], targets[k] = ids_T[:-1], ids_T[1:]
-        yield Batch(tokens, targets, first)
+        yield Batch(*apply_masks(tokens, targets, masks, _eot_id(dataset.info)), first)

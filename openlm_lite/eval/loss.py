@@ -35,7 +35,8 @@ def validation_loss(model: Transformer, batches: Iterable[Batch], device: torch.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        loss = model(batch.tokens_BT.to(device), batch.targets_BT.to(device))
+        documents = None if batch.doc_ids_BT is None else batch.doc_ids_BT.to(device)
+        loss = model(batch.tokens_BT.to(device), batch.targets_BT.to(device), doc_ids_BT=documents)
         sums += torch.stack((loss.ce.double(), loss.n_targets.double()))
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()

@@ -328,10 +328,12 @@ def _tokenizer_folder(folder: str) -> str:
 
 
 def _training_data(step_folder: str) -> str | None:
-    """`data.train` of the checkpoint's config.yaml; None where it states none."""
+    """The (first) training dataset in the checkpoint's config.yaml; None where it states none."""
     try:
         text = read_document(step_folder, "config.yaml")
-        path = parse_yaml(text, "config.yaml")["data"]["train"]
-    except (InputError, KeyError, TypeError):
+        data = parse_yaml(text, "config.yaml")["data"]
+        paths = [data["train"], *(source["path"] for source in data["sources"].values())]
+        path = next(path for path in paths if path)
+    except (InputError, KeyError, TypeError, AttributeError, StopIteration):
         return None
     return path if isinstance(path, str) else None

@@ -107,7 +107,7 @@ def test_a_seek_far_into_a_huge_dataset_needs_no_walk() -> None:
 
 def test_golden_order_version_1() -> None:
     """Frozen: a change here reorders everybody's data and needs a new ORDER_VERSION."""
-    assert order.ORDER_VERSION == 1
+    assert order.ORDER_VERSION == 2
     assert order.philox_keys(0, order.SHARDS, 2).tolist() == [
         15003734204198539638,
         13859618513508960101,
@@ -127,3 +127,79 @@ def test_a_seed_out_of_range_is_refused(seed: int) -> None:
 def test_an_empty_window_is_refused() -> None:
     with pytest.raises(InputError, match="shuffle_shards"):
         order.RowOrder(np.array([1]), seed=0, shuffle_shards=0)
+
+
+# --- lanes ---------------------------------------------------------------------------------------
+
+LANES = st.lists(st.integers(1, 12), min_size=1, max_size=14).flatmap(
+    lambda rows: st.tuples(st.just(rows), st.integers(1, len(rows)))
+)
+
+
+@given(LANES, st.integers(0, 9), st.integers(1, 20), st.integers(0, 5))
+def test_each_row_comes_once_per_epoch_in_any_number_of_lanes(
+    rows_and_lanes: tuple[list[int], int], seed: int, window: int, epoch: int
+) -> None:
+    rows, lanes = rows_and_lanes
+    found = order.RowOrder(np.array(rows), seed=seed, shuffle_shards=window, lanes=lanes)
+    n = found.rows_per_epoch
+    places = found.locate(np.arange(epoch * n, (epoch + 1) * n))
+    seen = sorted(zip(places.shard.tolist(), places.row.tolist(), strict=True))
+    assert seen == [(s, r) for s, count in enumerate(rows) for r in range(count)]
+    assert (places.epoch == epoch).all()
+
+
+@given(LANES, st.integers(0, 9), st.lists(st.integers(0, 400), min_size=1, max_size=30))
+def test_a_sample_is_found_alone_as_among_others(
+    rows_and_lanes: tuple[list[int], int], seed: int, samples: list[int]
+) -> None:
+    rows, lanes = rows_and_lanes
+    found = order.RowOrder(np.array(rows), seed=seed, shuffle_shards=4, lanes=lanes)
+    together = found.locate(np.arange(401))
+    for sample in samples:
+        alone = found.locate(np.array([sample]))
+        assert [c[0] for c in alone] == [c[sample] for c in together]
+
+
+def test_a_rank_reads_the_shards_of_its_lanes_alone() -> None:
+    found = order.RowOrder(np.full(32, 10), seed=1, shuffle_shards=8, lanes=8)
+    for world, mine in ((2, 4), (4, 2), (8, 1), (16, 1)):
+        for rank in range(world):
+            places = found.locate(np.arange(rank, 3 * 320, world))
+            assert len({int(s) % 8 for s in places.shard}) == mine  # equal shards go round
+
+
+def test_golden_vector_of_lanes() -> None:
+    """Frozen, as the one above."""
+    rows = np.array([5, 8, 3, 6, 7, 2])
+    found = order.RowOrder(rows, seed=124, shuffle_shards=4, lanes=2)
+    places = found.locate(np.array([0, 1, 2, 3, 30, 31, 32, 100]))
+    assert [c.tolist() for c in places] == [
+        [0, 0, 0, 0, 0, 1, 1, 3],
+        [1, 3, 2, 5, 0, 4, 2, 2],
+        [2, 4, 0, 0, 0, 1, 0, 1],
+    ]
+
+
+def test_what_comes_next_is_known_ahead() -> None:
+    found = order.RowOrder(np.full(12, 10), seed=3, shuffle_shards=4, lanes=2)
+    ahead = found.shards_ahead(np.arange(0, 8))
+    coming = found.locate(np.arange(0, 80)).shard
+    assert len(ahead) == 8 and set(coming.tolist()) == set(ahead)
+    assert set(found.locate(np.arange(0, 40)).shard.tolist()) == set(ahead[:4])
+    last = found.shards_ahead(np.arange(110, 120))  # the next epoch's first shards follow
+    assert set(found.locate(np.arange(120, 160)).shard.tolist()) <= set(last)
+
+
+@pytest.mark.parametrize(
+    ("n_shards", "window", "lanes"),
+    [(1, 16, 1), (15, 16, 1), (16, 16, 2), (200, 16, 16), (99, 3, 2)],
+)
+def test_lanes_are_chosen_by_the_number_of_shards(n_shards: int, window: int, lanes: int) -> None:
+    assert order.auto_lanes(n_shards, window) == lanes
+
+
+@pytest.mark.parametrize("lanes", [0, 4])
+def test_more_lanes_than_shards_are_refused(lanes: int) -> None:
+    with pytest.raises(InputError, match=r"data\.lanes: .* 1 to 3"):
+        order.RowOrder(np.array([1, 2, 3]), seed=0, shuffle_shards=1, lanes=lanes)

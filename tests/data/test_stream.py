@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from openlm_lite.data.dataset import Dataset, check_fits_model, open_dataset
-from openlm_lite.data.stream import IGNORE_INDEX, Batch, TokenStream, train_batches, val_batches
+from openlm_lite.data.dataset import (
+    BadShardError,
+    Dataset,
+    check_fits_model,
+    load_dataset,
+    open_dataset,
+)
+from openlm_lite.data.mixture import Mixture, Pattern
+from openlm_lite.data.packing import IGNORE_INDEX
+from openlm_lite.data.stream import (
+    Batch,
+    SourceRows,
+    TokenStream,
+    single_stream,
+    train_batches,
+    val_batches,
+)
 from openlm_lite.errors import InputError
 
 SHARED = settings(
@@ -25,6 +41,20 @@ SHARED = settings(
 @pytest.fixture
 def dataset(make_dataset: Callable[..., Path]) -> Dataset:
     return open_dataset(str(make_dataset()))
+
+
+def rows_of(stream: TokenStream, indices: np.ndarray) -> np.ndarray:
+    rows, counts = stream.read(stream.places(indices))
+    assert counts is None  # no shard is bad
+    return rows.astype(np.int64)
+
+
+def per_epoch(stream: TokenStream) -> int:
+    return stream.sources[0].order.rows_per_epoch
+
+
+def epoch_of(stream: TokenStream, index: int) -> int:
+    return int(stream.places(np.array([index])).epoch[0])
 
 
 def take(
@@ -44,7 +74,7 @@ def take(
 
 
 def test_a_row_is_the_block_s_ids_and_targets_are_shifted_by_one(dataset: Dataset) -> None:
-    stream = TokenStream(dataset, seq_len=16, seed=1, shuffle_shards=2)
+    stream = single_stream(dataset, seq_len=16, seed=1, shuffle_shards=2)
     batch = take(stream, 1, batch=8)[0]
     assert batch.tokens_BT.shape == batch.targets_BT.shape == (8, 16)
     assert batch.tokens_BT.dtype == batch.targets_BT.dtype == torch.int64
@@ -52,7 +82,9 @@ def test_a_row_is_the_block_s_ids_and_targets_are_shifted_by_one(dataset: Datase
     assert batch.targets_BT.is_contiguous()
     blocks_before = [0, 3, 7]
     for i in range(8):
-        _, shard, block, row = stream.locate(i)
+        places = stream.places(np.array([i]))
+        shard = int(places.shard[0])
+        block, row = stream.sources[0].block_and_row(int(places.row[0]))
         start = (blocks_before[shard] + block) * 64 + row * 16  # the fixture's ids count upwards
         assert batch.tokens_BT[i].tolist() == list(range(start, start + 16))
         assert batch.targets_BT[i].tolist() == list(range(start + 1, start + 17))
@@ -60,9 +92,9 @@ def test_a_row_is_the_block_s_ids_and_targets_are_shifted_by_one(dataset: Datase
 
 def test_one_epoch_trains_on_every_target_exactly_once(dataset: Dataset) -> None:
     for seq_len in (1, 2, 4, 16, 64):
-        stream = TokenStream(dataset, seq_len, seed=3, shuffle_shards=2)
-        assert stream.rows_per_epoch == dataset.n_rows(seq_len) == 9 * 64 // seq_len
-        rows = stream.rows(np.arange(2 * stream.rows_per_epoch, 3 * stream.rows_per_epoch))
+        stream = single_stream(dataset, seq_len, seed=3, shuffle_shards=2)
+        assert per_epoch(stream) == dataset.n_rows(seq_len) == 9 * 64 // seq_len
+        rows = rows_of(stream, np.arange(2 * per_epoch(stream), 3 * per_epoch(stream)))
         assert sorted(rows[:, 1:].reshape(-1).tolist()) == list(range(1, 9 * 64 + 1))
 
 
@@ -77,7 +109,7 @@ def test_one_epoch_trains_on_every_target_exactly_once(dataset: Dataset) -> None
 def test_the_global_batches_are_the_same_at_any_world_size(
     dataset: Dataset, world: int, extra: int, first: int, seed: int, window: int
 ) -> None:
-    stream = TokenStream(dataset, 16, seed, window)
+    stream = single_stream(dataset, 16, seed, window)
     size = world + extra
     alone = take(stream, 3, first=first, batch=size)
     ranks = [take(stream, 3, first=first, batch=size, rank=r, world=world) for r in range(world)]
@@ -95,24 +127,24 @@ def test_the_global_batches_are_the_same_at_any_world_size(
 def test_resume_with_another_batch_size_goes_on_with_the_next_sample(
     dataset: Dataset, stop: int, before: int, after: int
 ) -> None:
-    stream = TokenStream(dataset, 16, seed=0, shuffle_shards=2)
+    stream = single_stream(dataset, 16, seed=0, shuffle_shards=2)
     stop -= stop % before
     first = [b.tokens_BT for b in take(stream, stop // before, batch=before)]
-    again = TokenStream(dataset, 16, seed=0, shuffle_shards=2)
+    again = single_stream(dataset, 16, seed=0, shuffle_shards=2)
     rest = [b.tokens_BT for b in take(again, 5, first=stop, batch=after)]
     total = stop + 5 * after
-    uninterrupted = torch.from_numpy(stream.rows(np.arange(total))[:, :-1])
+    uninterrupted = torch.from_numpy(rows_of(stream, np.arange(total))[:, :-1])
     assert torch.equal(torch.cat(first + rest), uninterrupted)
 
 
 def test_the_epoch_is_known_for_every_sample(dataset: Dataset) -> None:
-    stream = TokenStream(dataset, 16, seed=0, shuffle_shards=2)
-    assert [stream.locate(i)[0] for i in (0, 35, 36, 72)] == [0, 0, 1, 2]
-    assert stream.locate(36)[0] == 1
+    stream = single_stream(dataset, 16, seed=0, shuffle_shards=2)
+    assert [epoch_of(stream, i) for i in (0, 35, 36, 72)] == [0, 0, 1, 2]
+    assert stream.consumed(54) == {"train": (54, 1.5)}
 
 
 def test_the_thread_gives_the_same_batches_as_none(dataset: Dataset) -> None:
-    stream = TokenStream(dataset, 16, seed=0, shuffle_shards=2)
+    stream = single_stream(dataset, 16, seed=0, shuffle_shards=2)
     threaded = train_batches(
         stream, first_sample=0, global_batch=4, rank=1, world_size=2, prefetch=3
     )
@@ -132,7 +164,7 @@ def prefetch_threads() -> list[threading.Thread]:
 
 
 def test_closing_the_generator_ends_its_thread(dataset: Dataset) -> None:
-    stream = TokenStream(dataset, 16, seed=0, shuffle_shards=2)
+    stream = single_stream(dataset, 16, seed=0, shuffle_shards=2)
     batches = train_batches(
         stream, first_sample=0, global_batch=4, rank=0, world_size=1, prefetch=2
     )
@@ -151,7 +183,7 @@ def test_an_error_in_the_thread_is_raised_in_the_consumer(
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
-    stream = TokenStream(open_dataset(str(folder)), 16, seed=0, shuffle_shards=3)
+    stream = single_stream(open_dataset(str(folder)), 16, seed=0, shuffle_shards=3)
     batches = train_batches(
         stream, first_sample=0, global_batch=4, rank=0, world_size=1, prefetch=2
     )
@@ -163,20 +195,20 @@ def test_an_error_in_the_thread_is_raised_in_the_consumer(
 def test_a_sequence_length_that_does_not_divide_the_block_is_refused(dataset: Dataset) -> None:
     for seq_len in (0, 3, 128):
         with pytest.raises(InputError, match="1, 2, 4, 8, 16, 32, 64"):
-            TokenStream(dataset, seq_len, seed=0, shuffle_shards=1)
+            single_stream(dataset, seq_len, seed=0, shuffle_shards=1)
 
 
 @pytest.mark.parametrize(("rank", "world", "size"), [(0, 5, 4), (2, 2, 4), (-1, 1, 4), (0, 1, 0)])
 def test_a_rank_without_rows_is_refused(dataset: Dataset, rank: int, world: int, size: int) -> None:
-    stream = TokenStream(dataset, 16, seed=0, shuffle_shards=1)
+    stream = single_stream(dataset, 16, seed=0, shuffle_shards=1)
     with pytest.raises(InputError, match="world size"):
         take(stream, 1, batch=size, rank=rank, world=world)
 
 
 def test_many_more_shards_than_may_be_open_still_read(make_dataset: Callable[..., Path]) -> None:
     dataset = open_dataset(str(make_dataset(blocks_per_shard=[1] * 80, block_tokens=8)))
-    stream = TokenStream(dataset, 8, seed=0, shuffle_shards=4)
-    rows = stream.rows(np.arange(160))
+    stream = single_stream(dataset, 8, seed=0, shuffle_shards=4)
+    rows = rows_of(stream, np.arange(160))
     assert sorted(rows[:80, 0].tolist()) == list(range(0, 640, 8))
 
 
@@ -222,3 +254,78 @@ def test_data_with_more_ids_than_the_model_is_refused(dataset: Dataset) -> None:
     check_fits_model(dataset, 50_000)
     with pytest.raises(InputError, match=r"model\.vocab_size: 49999"):
         check_fits_model(dataset, 49_999)
+
+
+# --- several sources, lanes, bad shards ----------------------------------------------------------
+
+
+def mixed(make_dataset: Callable[..., Path], seed: int = 0, max_bad_shards: int = 0) -> TokenStream:
+    """Rows of `few` hold ids below 3 blocks of 64, rows of `many` come from 9 blocks."""
+    sources = {}
+    for name, blocks, dtype in (("few", (1, 2), "uint16"), ("many", (3, 4, 2), "uint32")):
+        folder = make_dataset(name, blocks_per_shard=blocks, dtype=dtype)
+        dataset = open_dataset(str(folder))
+        sources[name] = SourceRows(dataset, 16, seed=seed, shuffle_shards=2)
+    pattern = Pattern([Fraction(1, 4), Fraction(3, 4)])
+    return TokenStream(sources, Mixture(["few", "many"], [(0, pattern)]), max_bad_shards)
+
+
+def test_each_source_is_read_epoch_by_epoch_whatever_the_others_do(
+    make_dataset: Callable[..., Path],
+) -> None:
+    stream = mixed(make_dataset)
+    places = stream.places(np.arange(16 * 6))
+    rows, _ = stream.read(places)
+    for s, (n_epochs, per_epoch_rows) in enumerate([(2, 12), (2, 36)]):
+        mine = rows[places.source == s, 0]
+        epochs = mine[: n_epochs * per_epoch_rows].reshape(n_epochs, per_epoch_rows)
+        assert all(sorted(epoch) == list(range(0, per_epoch_rows * 16, 16)) for epoch in epochs)
+    assert stream.consumed(96) == {"few": (24, 2.0), "many": (72, 2.0)}
+
+
+def test_a_batch_says_which_source_each_row_is_from(make_dataset: Callable[..., Path]) -> None:
+    stream = mixed(make_dataset)
+    (batch,) = take(stream, 1, batch=8)
+    assert batch.sources_B is not None
+    assert batch.sources_B.tolist() == stream.places(np.arange(8)).source.tolist()
+    assert batch.sources_B.sum() == 6
+
+
+def test_a_bad_shard_ends_the_run_or_is_left_out_with_all_its_rows(
+    make_dataset: Callable[..., Path],
+) -> None:
+    whole = mixed(make_dataset)
+    indices = np.arange(100)
+    places = whole.places(indices)
+    expected, _ = whole.read(places)
+    folder = whole.sources[1].dataset.folder
+    (Path(folder) / "shard-000001.tar").write_bytes(b"short")
+
+    def again(max_bad_shards: int) -> TokenStream:
+        sources = dict(zip(whole.names, whole.sources, strict=True))
+        dataset = load_dataset(folder)
+        sources["many"] = SourceRows(dataset, 16, seed=0, shuffle_shards=2)
+        return TokenStream(sources, whole.mixture, max_bad_shards)
+
+    with pytest.raises(BadShardError, match=r"shard-000001\.tar"):
+        again(0).read(places)
+    stream = again(1)
+    rows, counts = stream.read(places)
+    assert counts is not None
+    assert (~counts).tolist() == ((places.source == 1) & (places.shard == 1)).tolist()
+    assert np.array_equal(rows[counts], expected[counts]) and not rows[~counts].any()
+    (key,) = stream.bad_shards
+    assert key == ("many", 1) and "shard-000001.tar" in stream.bad_shards[key]
+    for batch in take(again(1), 10, batch=8):
+        kept = counts[batch.first_index : batch.first_index + 8]
+        assert ((batch.targets_BT != IGNORE_INDEX).all(1)).tolist() == kept.tolist()
+        assert ((batch.targets_BT == IGNORE_INDEX).all(1)).tolist() == (~kept).tolist()
+
+
+def test_a_shard_that_was_left_out_before_stays_out(make_dataset: Callable[..., Path]) -> None:
+    stream = mixed(make_dataset, max_bad_shards=1)
+    stream.bad_shards["few", 0] = "damaged"  # as a checkpoint says; the file is whole here
+    places = stream.places(np.arange(40))
+    _, counts = stream.read(places)
+    assert counts is not None
+    assert (~counts).tolist() == ((places.source == 0) & (places.shard == 0)).tolist()

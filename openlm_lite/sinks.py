@@ -1,0 +1,140 @@
+"""What a run says of itself: the console, log.txt and metrics.jsonl."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from openlm_lite import log, metrics
+from openlm_lite.commit import TrainState
+from openlm_lite.data.stream import TokenStream
+from openlm_lite.dist import World
+from openlm_lite.inherit import Record, describe
+from openlm_lite.run import RunConfig
+
+
+def every(n: int, step: int) -> bool:
+    """True at each n-th step; never for n = 0."""
+    return n > 0 and step % n == 0
+
+
+class Losses(NamedTuple):
+    """Of one global batch, nats per target."""
+
+    ce: float
+    z: float
+    """the z-loss as it is added: with its coefficient"""
+    by_source: dict[str, float]
+    """ce of the rows of each source; empty where there is one"""
+    checksum: int
+    """of the rows that were read (`data.stream.checksum_of`)"""
+
+
+class Clock:
+    """Seconds of the phases of one step."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self.last
+        self.last = now
+
+    @property
+    def total(self) -> float:
+        return self.last - self.start
+
+
+class Sinks:
+    """Where rank 0 reports to: console, log.txt and metrics.jsonl. Silent on other ranks."""
+
+    def __init__(self, cfg: RunConfig, folder: Path, world: World, resume_step: int) -> None:
+        self.cfg, self.world = cfg, world
+        self.flops_per_token = cfg.model.flops_per_token(cfg.data.seq_len)
+        self.seconds_per_step = 0.0
+        self.file = (
+            log.MetricsFile(folder / "metrics.jsonl", resume_step) if world.is_main else None
+        )
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def say(self, message: str) -> None:
+        if self.file is not None:
+            log.logger.info(message)
+
+    def banner(self, stream: TokenStream, origin: Record | None, resumed: bool) -> None:
+        cfg, world = self.cfg, self.world
+        self.say(
+            f"{log.human(cfg.model.n_params)} parameters, {cfg.steps} steps of "
+            f"{cfg.global_batch} x {cfg.data.seq_len} tokens, "
+            f"{world.world_size} x {world.device.type} ({cfg.parallel.precision}), "
+            f"data {self._described(stream)}"
+        )
+        for start, shares in stream.mixture.describe() if stream.mixture else ():
+            listed = ", ".join(f"{name} {share:.6g}" for name, share in shares.items())
+            self.say(f"from token {start * cfg.data.seq_len}: {listed}")
+        if resumed:
+            self.say(f"resuming {cfg.run.dir}")
+        elif origin is not None:
+            for line in describe(origin, cfg.model.init_from):
+                self.say(line)
+
+    def _described(self, stream: TokenStream) -> str:
+        sets = [rows.dataset for rows in stream.sources]
+        return ", ".join(
+            f"{s.folder} ({log.human(s.n_blocks * s.block_tokens)} tokens)" for s in sets
+        )
+
+    def step(
+        self,
+        state: TrainState,
+        losses: Losses,
+        grad_norm: float,
+        lr: float,
+        clock: Clock,
+        stream: TokenStream,
+    ) -> None:
+        """One record for the file; at intervals one line for people."""
+        if self.file is None:
+            return
+        record = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "train/loss": losses.ce,
+            "train/grad_norm": grad_norm,
+            "train/lr": lr,
+            **metrics.throughput(
+                self.cfg.global_batch_tokens,
+                clock.total,
+                self.world.world_size,
+                self.flops_per_token,
+                self.world.device,
+            ),
+            "perf/data_wait": clock.laps["data"],
+        }
+        if self.cfg.loss.z_loss:
+            record["train/z_loss"] = losses.z
+        record["data/checksum"] = losses.checksum
+        for name, (samples, epochs) in stream.consumed(state.next_sample).items():
+            record[f"data/{name}/epoch"] = epochs
+            if stream.mixture is not None:
+                record[f"data/{name}/tokens"] = samples * self.cfg.data.seq_len
+        record |= {f"train/{name}/loss": loss for name, loss in losses.by_source.items()}
+        self.file.write(record)
+        # a moving average over about ten steps, for a calm estimate of the time left
+        weight = 0.1 if self.seconds_per_step else 1.0
+        self.seconds_per_step += weight * (clock.total - self.seconds_per_step)
+        if every(self.cfg.log.every_steps, state.step) or state.step == self.cfg.steps:
+            left = (self.cfg.steps - state.step) * self.seconds_per_step
+            self.say(log.step_line(record, self.cfg.steps, left))
+
+    def validation(self, state: TrainState, name: str, loss: float) -> None:
+        if self.file is None:
+            return
+        self.file.write({"step": state.step, "tokens": state.tokens, f"val/{name}/loss": loss})
+        self.say(f"step {state.step}: val/{name}/loss {loss:.4f}")

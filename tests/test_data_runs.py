@@ -1,0 +1,144 @@
+"""What real runs read: at any number of ranks, of several sources, around bad shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openlm_lite import cli
+from openlm_lite.log import read_metrics
+from tests.train_server import TrainServer
+
+
+def trained(run: Path) -> list[dict[str, Any]]:
+    return [r for r in read_metrics(run / "metrics.jsonl") if "train/loss" in r]
+
+
+def checksums(run: Path) -> list[int]:
+    return [record["data/checksum"] for record in trained(run)]
+
+
+def run_with(server: TrainServer, *words: str, world: int = 1, **more: Any) -> list[int]:
+    return server.train(*words, world=world, **more)["codes"]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    train_server: TrainServer, toy_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert run_with(train_server, str(toy_recipe), f"run.dir={run}") == [0]
+    return run
+
+
+def test_a_run_stopped_and_resumed_on_other_numbers_of_ranks_reads_the_same_batches(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, whole: Path
+) -> None:
+    words = [str(toy_recipe), f"run.dir={tmp_path / 'r'}", "micro_batch_size=2"]
+    events = train_server.train(*words, f"run.dir={tmp_path / 'count'}")["events"][0]
+    seen: list[int] = []
+    for world, event in ((2, events // 4), (1, events * 2 // 5)):
+        codes = run_with(train_server, *words, world=world, kill=(0, event))
+        assert codes[0] == -signal.SIGKILL
+        seen.append(len(checksums(tmp_path / "r")))
+    assert 4 <= seen[0] < seen[1] < 12
+    assert run_with(train_server, *words, world=4) == [0] * 4
+    assert checksums(tmp_path / "r") == checksums(whole)
+    assert len(set(checksums(whole))) == 12
+
+
+def test_inspect_shows_the_checksum_of_what_a_step_read(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", str(whole), "--step", "7", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["data/checksum"] == checksums(whole)[7]
+    assert {row["source"] for row in shown["rows"]} == {"train"}
+
+
+@pytest.fixture
+def mixture(toy_recipe: Path, tmp_path: Path) -> list[str]:
+    """Words that make the toy run read two sources, one of them above its size."""
+    data = toy_recipe.parent / "data"
+    recipe = tmp_path / "mixture.yaml"
+    text = toy_recipe.read_text()
+    sources = (
+        f"sources: {{big: {{path: {data}/train, weight: 0.75}}, "
+        f"small: {{path: {data}/val, weight: 0.25}}}}, "
+        "curriculum: {cooldown: {from_tokens: 2048, weights: {big: 1, small: 1}}}"
+    )
+    recipe.write_text(text.replace(f"train: {data}/train", sources))
+    return [str(recipe), "eval.every_steps=0"]
+
+
+def test_a_mixture_holds_its_weights_through_a_curriculum_and_logs_each_source(
+    train_server: TrainServer, mixture: list[str], tmp_path: Path
+) -> None:
+    runs = [tmp_path / "one", tmp_path / "two"]
+    assert run_with(train_server, *mixture, f"run.dir={runs[0]}") == [0]
+    assert run_with(train_server, *mixture, f"run.dir={runs[1]}", world=2) == [0, 0]
+    one, two = (trained(run) for run in runs)
+    for step, (a, b) in enumerate(zip(one, two, strict=True), start=1):
+        tokens = 256 * step
+        small = min(tokens, 2048) * 0.25 + max(0, tokens - 2048) * 0.5
+        assert a["data/small/tokens"] == small
+        assert a["data/big/tokens"] == tokens - small
+        assert a["data/small/epoch"] > 0
+        assert a["data/checksum"] == b["data/checksum"]
+        share = 0.25 if step <= 8 else 0.5
+        mean = (1 - share) * a["train/big/loss"] + share * a["train/small/loss"]
+        assert mean == pytest.approx(a["train/loss"], rel=1e-5)
+        for name in ("train/loss", "train/big/loss", "train/small/loss"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
+    said = (runs[0] / "log.txt").read_text()
+    assert "from token 0: big 0.75, small 0.25" in said
+    assert "from token 2048: big 0.5, small 0.5" in said
+
+
+@pytest.fixture
+def damaged(toy_recipe: Path, tmp_path: Path) -> list[str]:
+    """Words that make the toy run read a copy of its data with one shard cut short."""
+    shutil.copytree(toy_recipe.parent / "data" / "train", tmp_path / "data")
+    shard = sorted((tmp_path / "data").glob("*.tar"))[1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return [str(toy_recipe), f"data.train={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}"]
+
+
+def test_a_bad_shard_ends_a_run_with_its_name(
+    train_server: TrainServer, damaged: list[str], tmp_path: Path
+) -> None:
+    assert run_with(train_server, *damaged) == [2]
+    assert "shard-000001.tar: damaged" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_bad_shards_up_to_the_limit_are_left_out_and_told(
+    train_server: TrainServer, damaged: list[str], tmp_path: Path, world: int
+) -> None:
+    words = [*damaged, "data.max_bad_shards=1"]
+    assert run_with(train_server, *words, world=world) == [0] * world
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert said.count("left out:") == 1 and "shard-000001.tar" in said
+    commits = sorted((tmp_path / "run" / "checkpoints").glob("step_*/COMMIT.json"))
+    ((source, shard, message),) = json.loads(commits[-1].read_text())["facts"]["bad_shards"]
+    assert (source, shard) == ("train", 1) and "damaged" in message
+
+
+def test_documents_kept_apart_train_alike_on_one_and_two_ranks(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, whole: Path
+) -> None:
+    words = [str(toy_recipe), "data.document_masking=true", "data.loss_mask_ids=[5]"]
+    for world in (1, 2):
+        run = tmp_path / str(world)
+        assert run_with(train_server, *words, f"run.dir={run}", world=world) == [0] * world
+    one, two = ([r["train/loss"] for r in trained(tmp_path / n)] for n in "12")
+    assert one == pytest.approx(two, rel=1e-6)
+    assert one != [r["train/loss"] for r in trained(whole)]
+    assert checksums(tmp_path / "1") == checksums(whole)  # the same rows, otherwise read
