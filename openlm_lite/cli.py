@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from openlm_lite import cli_data
+from openlm_lite.cli_data import print_result
 from openlm_lite.errors import InputError, RelayedError, RunError
 
 FAILED, BAD_INPUT = 1, 2
@@ -74,30 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--schedule", metavar="FILE.csv", help="write step,tokens,lr of every step")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
-    p = verb("prepare", _prepare, "turn text into token shards")
-    p.add_argument(
-        "inputs", nargs="+", help="files, folders or globs: jsonl[.gz|.zst], parquet, text"
-    )
-    p.add_argument("--out", required=True, help="the folder to make")
-    how = p.add_mutually_exclusive_group(required=True)
-    how.add_argument(
-        "--tokenizer", help="tiktoken encoding, ranks file, tokenizer.json or hub name"
-    )
-    how.add_argument("--train-tokenizer", type=int, metavar="N", help="train a BPE of N ids first")
-    p.add_argument("--eot", help="the token that ends documents, if the tokenizer has several")
-    p.add_argument("--val-fraction", type=float, default=0.0, help="of the documents, held out")
-    p.add_argument("--text-field", default="text", help="of jsonl and parquet (default text)")
-    p.add_argument("--block-tokens", type=int, default=65536, help="tokens per block")
-    p.add_argument("--blocks-per-shard", type=int, default=256)
-    p.add_argument("--seed", type=int, default=0, help="of the shuffle and the split")
-    p.add_argument("--workers", type=int, default=0, help="processes; 0: all cores")
-    p.add_argument("--json", action="store_true", help="the report as JSON on standard output")
-
-    p = verb("inspect", _inspect, "show what a dataset, run or checkpoint holds")
-    p.add_argument("path")
-    p.add_argument("--verify", action="store_true", help="read everything, check sums and ranges")
-    p.add_argument("--step", type=int, help="the rows that a run's step (from 0) reads")
-    p.add_argument("--json", action="store_true")
+    cli_data.add_verbs(verb)
 
     p = verb("train", _train, "train a recipe; the same command resumes")
     p.add_argument("recipe")
@@ -172,28 +151,6 @@ def _config(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(args: argparse.Namespace) -> int:
-    from openlm_lite.data.prepare import PrepareConfig, prepare
-
-    names = {f.name for f in dataclasses.fields(PrepareConfig)}
-    given: dict[str, Any] = {k: v for k, v in vars(args).items() if k in names}
-    given["inputs"] = tuple(args.inputs)
-    report = prepare(PrepareConfig(**given))
-    result = dataclasses.asdict(report)
-    if not args.json:  # a table of the splits reads better than nested mappings
-        splits = result.pop("splits")
-        result["splits"] = [{"split": name, **split} for name, split in splits.items()]
-    _print_result(result, args.json)
-    return 0
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from openlm_lite.inspection import inspect_path
-
-    _print_result(inspect_path(args.path, verify=args.verify, step=args.step), args.json)
-    return 0
-
-
 def _train(args: argparse.Namespace) -> int:
     from openlm_lite import log
     from openlm_lite.run import load_run
@@ -222,7 +179,7 @@ def _export(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_shard_bytes=args.max_shard_bytes,
     )
-    _print_result(dataclasses.asdict(report), args.json)
+    print_result(dataclasses.asdict(report), args.json)
     return 0
 
 
@@ -232,7 +189,7 @@ def _import(args: argparse.Namespace) -> int:
     report = import_model(
         args.source, args.checkpoint, model=args.model, compare=not args.no_compare
     )
-    _print_result(dataclasses.asdict(report), args.json)
+    print_result(dataclasses.asdict(report), args.json)
     return 0
 
 
@@ -256,27 +213,6 @@ def _generate(args: argparse.Namespace) -> int:
         print(piece, end="", flush=True)
     print()
     return 0
-
-
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    """A verb's result: one JSON object, or a line per (dotted) name."""
-    from openlm_lite.config import flatten
-
-    if as_json:
-        print(json.dumps(result))
-        return
-    lines = flatten(result)
-    width = max(map(len, lines), default=0)
-    for name, value in lines.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            print(f"{name}:")
-            for row in value:
-                print("  " + "  ".join(f"{k}={v}" for k, v in row.items()))
-        else:
-            shown = (
-                f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-            )
-            print(f"{name:<{width}}  {shown}")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from openlm_lite.run import RunConfig
 
 PACKAGE = Path(__file__).parents[1] / "openlm_lite"
 LAYERS = [
-    {"errors", "config", "storage", "dist"},
+    {"errors", "config", "storage", "retries", "remote", "dist"},
     {"model", "data", "optim", "metrics", "log"},
     {"parallel", "commit", "safe_dcp", "checkpoint", "weights_io", "inherit", "hf", "eval"},
     {"run"},
-    {"train", "plots", "inspection"},
-    {"cli", "__main__"},
+    {"train", "run_folder", "sinks", "plots", "inspection"},
+    {"cli", "cli_data", "__main__"},
 ]
 APART = {"model", "data", "optim"}  # these never see each other
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -73,7 +73,7 @@ class DatasetInfo:
     """`dataset.json`: what the shards hold and how they were made.
 
     Stream tokens (documents with their EOTs) = n_tokens + 1 + n_tokens_dropped: the 1 is the last
-    id, which is only ever a target.
+    id, which is only ever a target. Packed data drop nothing, and n_tokens counts their padding.
     """
 
     format_version: int
@@ -88,6 +88,11 @@ class DatasetInfo:
     config: dict[str, Any]  # the settings of `openlm prepare` that decide the bytes
     fingerprint: str  # sha256 over the config, the tokenizer and the inputs
     seed: int
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a block is a row of whole documents and padding (see packing.py)."""
+        return self.config.get("pack") == "best-fit"
 
 
 def manifest_text(shards: list[ShardEntry]) -> str:

@@ -33,7 +33,7 @@ from openlm_lite.errors import InputError
 ORDER_VERSION = 2
 
 # Purposes keep the keys of different uses of one seed apart.
-SHARDS, ROWS, DOCUMENTS, SPLIT, SOURCES = 1, 2, 3, 4, 5
+SHARDS, ROWS, DOCUMENTS, SPLIT, SOURCES, PACKED = 1, 2, 3, 4, 5, 6
 
 _FEISTEL_ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

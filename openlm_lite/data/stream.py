@@ -12,6 +12,7 @@ enter into which rows make a global batch. Shapes: B batch, T position (seq_len)
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import zlib
 from collections.abc import Generator, Iterator, Mapping
@@ -31,6 +32,7 @@ from openlm_lite.errors import InputError
 NO_MASKS = MaskConfig()
 # Samples whose places are computed at once: the numpy calls cost the same for 1 and for 1,000.
 _PLACES_AT_ONCE = 2048
+_CHECKSUM_IDS = 64
 
 
 class Batch(NamedTuple):
@@ -41,7 +43,7 @@ class Batch(NamedTuple):
     doc_ids_BT: torch.Tensor | None  # int32; None: attention does not stop at documents
     first_index: int  # index of the first row of the batch over all ranks
     sources_B: torch.Tensor | None = None  # int64; None: there is one source
-    checksum: int = 0  # sum of the crc32 of its rows, as they were read
+    checksum: int = 0  # of its rows as they were read (`checksum_of`)
 
 
 class SourceRows:
@@ -227,6 +229,7 @@ def _read_train(
     mine = np.arange(rank, global_batch, world_size)
     together = max(1, _PLACES_AT_ONCE // len(mine))
     info = stream.sources[0].dataset.info
+    arrays = _Arrays()
     while True:
         firsts = first + global_batch * np.arange(together)
         indices = (firsts[:, None] + mine).reshape(-1)
@@ -235,18 +238,46 @@ def _read_train(
         for i, batch_first in enumerate(firsts.tolist()):
             part = slice(i * len(mine), (i + 1) * len(mine))
             here = Origin(*(column[part] for column in places))
-            yield _batch(stream, here, batch_first, masks, info)
+            yield _batch(stream, here, batch_first, masks, info, arrays)
         first += global_batch * together
 
 
+class _Arrays:
+    """int64 arrays that are filled again once nobody holds what was in them.
+
+    Fresh memory costs a page fault per 512 ids, more than all the rest of a batch.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def holding(self, ids: np.ndarray) -> torch.Tensor:
+        """A tensor of these ids."""
+        for array in self._arrays:
+            # held by the list, by `array` and by the call; a tensor or a view is one more
+            if sys.getrefcount(array) == 3 and array.shape == ids.shape:
+                break
+        else:
+            array = np.empty(ids.shape, dtype=np.int64)
+            self._arrays = [a for a in self._arrays if a.shape == ids.shape] + [array]
+        np.copyto(array, ids)
+        return torch.from_numpy(array)
+
+
 def _batch(
-    stream: TokenStream, places: Origin, first_index: int, masks: MaskConfig, info: DatasetInfo
+    stream: TokenStream,
+    places: Origin,
+    first_index: int,
+    masks: MaskConfig,
+    info: DatasetInfo,
+    arrays: _Arrays,
 ) -> Batch:
     rows, counts = stream.read(places)
     # widened only here, into the two tensors: twice as fast as gathering int64 rows
-    tokens_BT = torch.from_numpy(rows[:, :-1].astype(np.int64))
-    targets_BT = torch.from_numpy(rows[:, 1:].astype(np.int64))
-    masked = apply_masks(tokens_BT, targets_BT, masks, _eot_id(info))
+    tokens_BT, targets_BT = arrays.holding(rows[:, :-1]), arrays.holding(rows[:, 1:])
+    packed = torch.tensor([source.dataset.info.is_packed for source in stream.sources])
+    packed_B = packed[torch.from_numpy(places.source)] if packed.any() else False
+    masked = apply_masks(tokens_BT, targets_BT, masks, info.tokenizer.eot_id, packed=packed_B)
     if counts is not None:
         masked.targets_BT[torch.from_numpy(~counts)] = IGNORE_INDEX
     sources = torch.from_numpy(places.source) if len(stream.sources) > 1 else None
@@ -254,13 +285,11 @@ def _batch(
 
 
 def checksum_of(rows: np.ndarray) -> int:
-    """Sum of the rows' crc32: of a global batch the same however ranks share it."""
-    return sum(zlib.crc32(row) for row in rows)
+    """Sum of the crc32 of each row's first ids: the same however ranks share a global batch.
 
-
-def _eot_id(info: DatasetInfo) -> int:
-    """-1, which no token has, where the data do not say (see `sources.open_sources`)."""
-    return -1 if info.tokenizer.eot_id is None else info.tokenizer.eot_id
+    The first ids tell rows apart, and each shard's own crc32 vouches for the rest of them.
+    """
+    return sum(map(zlib.crc32, np.ascontiguousarray(rows[:, :_CHECKSUM_IDS])))
 
 
 def _in_background(batches: Iterator[Batch], prefetch: int) -> Generator[Batch]:
@@ -331,4 +360,6 @@ def val_batches(
             ids = dataset.blocks(shard)[block, part * seq_len : (part + 1) * seq_len + 1]
             ids_T = torch.from_numpy(ids.astype(np.int64))
             tokens[k], targets[k] = ids_T[:-1], ids_T[1:]
-        yield Batch(*apply_masks(tokens, targets, masks, _eot_id(dataset.info)), first)
+        info = dataset.info
+        masked = apply_masks(tokens, targets, masks, info.tokenizer.eot_id, packed=info.is_packed)
+        yield Batch(*masked, first)

@@ -7,7 +7,6 @@ import errno
 import gzip
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,39 +17,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openlm_lite.data import gather, prepare_out, spill
 from openlm_lite.data import prepare as prepare_module
-from openlm_lite.data import spill
 from openlm_lite.data.dataset import open_dataset
 from openlm_lite.data.inspect import inspect_dataset, inspect_step
 from openlm_lite.data.plan import PrepareConfig
 from openlm_lite.data.prepare import prepare
-from openlm_lite.data.stream import TokenStream
-from openlm_lite.data.tokenizer import load_tokenizer, train_bpe
+from openlm_lite.data.stream import single_stream
+from openlm_lite.data.tokenizer import load_tokenizer
 from openlm_lite.errors import InputError
+from tests.data.prepare_corpus import (
+    FINE,
+    documents_of,
+    files_of,
+    make_texts,
+    stream_of,
+    train_small_tokenizer,
+)
 
-WORDS_TEXT = "the a cat dog sat on under mat table ran fast slow and then it was red blue"
-WORDS = WORDS_TEXT.split()
 Config = Callable[..., PrepareConfig]
 
 
-def make_texts(count: int, seed: int = 0) -> list[str]:
-    """Distinct texts of 1 to 60 words."""
-    rng = random.Random(seed)
-    return [
-        f"{i}: " + " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 60)))
-        for i in range(count)
-    ]
-
-
 TEXTS = make_texts(300)
-FINE = {"block_tokens": 1, "blocks_per_shard": 99_999}  # nothing is dropped at the tail
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe(iter(TEXTS), 300).save(folder)
-    return str(folder)
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -86,32 +79,8 @@ def config(corpus: Path, tmp_path: Path, tokenizer_folder: str) -> Config:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many pieces, parts and cells even for a small corpus (in this process only)."""
     monkeypatch.setattr("openlm_lite.data.plan._MIN_PIECE_BYTES", 6000)
-    monkeypatch.setattr("openlm_lite.data.spill._PART_TOKENS", 1200)
-    monkeypatch.setattr("openlm_lite.data.spill._CELL_TOKENS", 1500)
-
-
-def stream_of(folder: str | Path) -> np.ndarray:
-    """All ids of a dataset in order, the last one included."""
-    dataset = open_dataset(str(folder))
-    blocks = np.concatenate([dataset.blocks(s) for s in range(len(dataset.manifest.shards))])
-    return np.append(blocks[:, :-1].reshape(-1), blocks[-1, -1])
-
-
-def files_of(folder: str | Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file()
-    }
-
-
-def documents_of(folder: str, tokenizer_folder: str) -> list[str]:
-    """The texts in a stream, the last (cut) one left out."""
-    tokenizer = load_tokenizer(tokenizer_folder)
-    ids = stream_of(folder)
-    ends = np.flatnonzero(ids == tokenizer.eot_id)
-    starts = np.append(0, ends[:-1] + 1)
-    return [tokenizer.decode(ids[a:b].tolist()) for a, b in zip(starts, ends, strict=True)]
+    monkeypatch.setattr("openlm_lite.data.parts.PART_TOKENS", 1200)
+    monkeypatch.setattr("openlm_lite.data.gather._CELL_TOKENS", 1500)
 
 
 def test_every_document_is_there_once_shuffled_and_ended(
@@ -143,8 +112,8 @@ def test_how_the_work_is_cut_does_not_change_a_byte(
 ) -> None:
     whole = prepare(config(out=str(tmp_path / "whole"), val_fraction=0.2))
     monkeypatch.setattr("openlm_lite.data.plan._MIN_PIECE_BYTES", 6000)
-    monkeypatch.setattr("openlm_lite.data.spill._PART_TOKENS", 1200)
-    monkeypatch.setattr("openlm_lite.data.spill._CELL_TOKENS", 1500)
+    monkeypatch.setattr("openlm_lite.data.parts.PART_TOKENS", 1200)
+    monkeypatch.setattr("openlm_lite.data.gather._CELL_TOKENS", 1500)
     cut = prepare(config(out=str(tmp_path / "cut"), val_fraction=0.2))
     assert files_of(tmp_path / "whole") == files_of(tmp_path / "cut")
     assert whole.splits["train"].n_tokens == cut.splits["train"].n_tokens
@@ -284,16 +253,16 @@ def test_a_killed_process_leaves_no_dataset_and_the_next_one_finishes_it(
 def test_finished_pieces_and_shards_are_not_made_again(
     config: Config, small_pieces: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = spill.write_shard_job
+    real = gather.write_shard_job
     calls = []
 
-    def fail_on_the_fourth(job: spill.ShardJob) -> object:
+    def fail_on_the_fourth(job: gather.ShardJob, tables: object) -> object:
         calls.append(job.path)
         if len(calls) == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(job)
+        return real(job, tables)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(spill, "write_shard_job", fail_on_the_fourth)
+    monkeypatch.setattr(gather, "write_shard_job", fail_on_the_fourth)
     with pytest.raises(InputError, match="no space left"):
         prepare(config())
     assert len(calls) == 4
@@ -334,7 +303,7 @@ def test_an_unfinished_run_of_other_work_is_not_mixed_with_this_one(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(spill, "write_shard_job", stop)
+        patch.setattr(gather, "write_shard_job", stop)
         with pytest.raises(InputError, match="no space left"):
             prepare(config())
     before = files_of(config().out)
@@ -348,7 +317,7 @@ def test_a_second_run_on_the_same_folder_is_refused(config: Config) -> None:
     scratch = Path(config().out) / ".prepare"
     scratch.mkdir(parents=True)
     with (
-        prepare_module._lock(str(scratch)),
+        prepare_out.lock(str(scratch)),
         pytest.raises(InputError, match="another `openlm prepare`"),
     ):
         prepare(config())
@@ -381,7 +350,7 @@ BAD_SETTINGS = [
     ({"inputs": ("/nowhere",)}, "/nowhere: no such file"),
     ({"inputs": ("/nowhere/*.txt",)}, "no file matches"),
     ({"inputs": ("pipe:cat x",)}, "pipe:"),
-    ({"out": "s3://bucket/x"}, "s3://"),
+    ({"out": "ftp://host/x"}, "ftp"),
     ({"tokenizer": "/nowhere/tokenizer.json"}, "no such file"),
     ({"eot": "<|no such token|>"}, "no such token"),
 ]
@@ -469,11 +438,11 @@ def test_ids_beyond_the_vocabulary_are_refused(
 def test_inspect_shows_the_rows_of_a_step(config: Config) -> None:
     prepare(config())
     dataset = open_dataset(config().out)
-    stream = TokenStream(dataset, 64, seed=0, shuffle_shards=2)
-    rows = inspect_step(dataset, stream, step=3, global_batch=4)
+    stream = single_stream(dataset, 64, seed=0, shuffle_shards=2)
+    _, rows = inspect_step(stream, step=3, global_batch=4)
     assert [row["sample"] for row in rows] == [12, 13, 14, 15]
     tokenizer = load_tokenizer(dataset.folder)
-    first = stream.rows(np.array([12]))[0]
+    first = stream.read(stream.places(np.array([12])))[0][0]
     assert rows[0]["text"] == tokenizer.decode(first[:64].tolist())
     assert rows[0]["shard"].endswith(".tar")
     json.dumps(rows)
