@@ -16,7 +16,8 @@ REFERENCE_DATA = Path(
     os.environ.get("OPENLM_LITE_REFERENCE_DATA", Path(__file__).parents[2] / "shared" / "data")
 )
 
-settings.register_profile("untimed", deadline=None)  # machines are shared
+# no deadline: machines are shared
+settings.register_profile("untimed", deadline=None, max_examples=40)
 settings.load_profile("untimed")
 
 

@@ -221,7 +221,7 @@ def test_a_killed_process_leaves_no_dataset_and_the_next_one_finishes_it(
     config: Config, tmp_path: Path
 ) -> None:
     big = tmp_path / "big.jsonl"
-    big.write_text("".join(json.dumps({"text": t}) + "\n" for t in make_texts(40_000)))
+    big.write_text("".join(json.dumps({"text": t}) + "\n" for t in make_texts(10_000)))
     cfg = config(inputs=(str(big),), workers=2, block_tokens=4096)
     program = (
         "import sys, json\n"

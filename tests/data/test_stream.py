@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from openlm_lite.data import stream as stream_module
 from openlm_lite.data.dataset import (
     BadShardError,
     Dataset,
@@ -36,6 +37,12 @@ from openlm_lite.errors import InputError
 SHARED = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.fixture(autouse=True)
+def few_places_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as the tests read: computing 2,048 for each stream takes minutes."""
+    monkeypatch.setattr(stream_module, "_PLACES_AT_ONCE", 16)
 
 
 @pytest.fixture

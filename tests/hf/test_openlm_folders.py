@@ -103,7 +103,7 @@ def run(args: list[str], home: Path, **env: str) -> str:
 # --- OpenLM's own folders ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["A", "B"])
+@pytest.mark.parametrize("layout", ["A", pytest.param("B", marks=pytest.mark.slow)])
 def test_the_model_cards_snippet_runs_with_its_import_line_changed(
     folders: dict[str, Path], layout: str, tmp_path: Path
 ) -> None:
@@ -178,6 +178,7 @@ assert not any(name.startswith("openlm_lite") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_saved_folder_loads_as_remote_code_where_this_package_is_absent(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ print(json.dumps(generate(sys.argv[2], max_new_tokens=8, do_sample=False)))
 """
 
 
+@pytest.mark.slow
 def test_a_bundled_export_runs_in_the_pipeline_after_the_star_import(tmp_path: Path) -> None:
     run = save_tiny_run(tmp_path / "run", tiny_model(tiny_config()), tiny_tokenizer())
     folder = str(tmp_path / "hf")

@@ -409,7 +409,7 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path, file: str) -> None
 def test_nothing_there_is_said_with_what_is_allowed(tmp_path: Path) -> None:
     refused(tmp_path / "x.safetensors", "nothing is there; allowed are a folder with model.safe")
     refused(tmp_path / "x", "nothing is there")
-    refused("s3://bucket/model.safetensors", "s3:// is not read yet")
+    refused("s3://bucket/model.safetensors", "has to lie on a local disk")
     with pytest.raises(InputError, match="empty path"):
         open_weights("")
 
@@ -616,7 +616,8 @@ def test_a_changed_byte_in_a_safetensors_header_never_loses_or_moves_a_tensor(
     stored = {bytes_of(t) for t in TENSORS.values()}
     for name, tensor in found.items():
         assert bytes_of(tensor) in stored
-        if name in TENSORS and tensor.dtype == TENSORS[name].dtype:
+        # (an empty tensor may get another empty shape)
+        if name in TENSORS and tensor.numel() and tensor.dtype == TENSORS[name].dtype:
             assert torch.equal(tensor, TENSORS[name])
 
 
