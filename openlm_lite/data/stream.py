@@ -116,6 +116,7 @@ class TokenStream:
         self.max_bad_shards = max_bad_shards
         self.bad_shards: dict[tuple[str, int], str] = {}
         self.told: set[tuple[str, int]] = set()  # of these, the ones that every rank knows
+        self.packed = torch.tensor([source.dataset.info.is_packed for source in self.sources])
         widest = max((s.dataset.info.dtype for s in self.sources), key=lambda name: int(name[4:]))
         self._dtype = npy_dtype(widest)
 
@@ -275,8 +276,7 @@ def _batch(
     rows, counts = stream.read(places)
     # widened only here, into the two tensors: twice as fast as gathering int64 rows
     tokens_BT, targets_BT = arrays.holding(rows[:, :-1]), arrays.holding(rows[:, 1:])
-    packed = torch.tensor([source.dataset.info.is_packed for source in stream.sources])
-    packed_B = packed[torch.from_numpy(places.source)] if packed.any() else False
+    packed_B = stream.packed[torch.from_numpy(places.source)] if stream.packed.any() else False
     masked = apply_masks(tokens_BT, targets_BT, masks, info.tokenizer.eot_id, packed=packed_B)
     if counts is not None:
         masked.targets_BT[torch.from_numpy(~counts)] = IGNORE_INDEX
