@@ -65,7 +65,7 @@ class OpenLMOptions:
     pad_id: int | None = None  # fills up rows that are shorter than the first; None: an error
     eot_id: int | None = None  # for the text "<|endoftext|>" among the ids; None: an error
     row_ids: int | None = None  # ids per row, targets included; None: those of the first row
-    threads: int = 4  # that decode one shard
+    threads: int = min(4, os.cpu_count() or 1)  # that decode one shard
 
     def __post_init__(self) -> None:
         for name in ("pad_id", "eot_id"):
