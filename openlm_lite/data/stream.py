@@ -243,10 +243,19 @@ def _read_train(
         first += global_batch * together
 
 
+def _counts(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
+# What the count is while the list alone holds the array: Python's versions differ in it.
+_ALONE = _counts([np.empty(0)])[0]
+
+
 class _Arrays:
     """int64 arrays that are filled again once nobody holds what was in them.
 
-    Fresh memory costs a page fault per 512 ids, more than all the rest of a batch.
+    Fresh memory costs a page fault per 512 ids, more than all the rest of a batch. A tensor, or
+    any view of it, holds its array.
     """
 
     def __init__(self) -> None:
@@ -254,13 +263,13 @@ class _Arrays:
 
     def holding(self, ids: np.ndarray) -> torch.Tensor:
         """A tensor of these ids."""
-        for array in self._arrays:
-            # held by the list, by `array` and by the call; a tensor or a view is one more
-            if sys.getrefcount(array) == 3 and array.shape == ids.shape:
-                break
+        self._arrays = [array for array in self._arrays if array.shape == ids.shape]
+        counts = _counts(self._arrays)
+        if _ALONE in counts:
+            array = self._arrays[counts.index(_ALONE)]
         else:
             array = np.empty(ids.shape, dtype=np.int64)
-            self._arrays = [a for a in self._arrays if a.shape == ids.shape] + [array]
+            self._arrays.append(array)
         np.copyto(array, ids)
         return torch.from_numpy(array)
 

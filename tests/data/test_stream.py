@@ -182,6 +182,29 @@ def test_closing_the_generator_ends_its_thread(dataset: Dataset) -> None:
     assert not prefetch_threads()
 
 
+@given(st.lists(st.integers(0, 3), min_size=10, max_size=40))
+def test_a_batch_stays_as_it_was_while_any_part_of_it_is_held(kept: list[int]) -> None:
+    """Memory is used again: whatever somebody still holds must not change."""
+    arrays = stream_module._Arrays()
+    held: list[tuple[torch.Tensor, int]] = []
+    for value, what in enumerate(kept):
+        tensor = arrays.holding(np.full((4, 8), value, dtype=np.uint16))
+        part = (None, tensor, tensor.chunk(2)[1], tensor[:, 1:].t())[what]
+        if part is not None:
+            held.append((part, value))
+        del tensor, part
+        assert all((part == value).all() for part, value in held)
+        if value % 7 == 6:
+            held = held[::2]
+
+
+def test_memory_is_used_again_once_nobody_holds_it() -> None:
+    arrays = stream_module._Arrays()
+    for value in range(20):
+        arrays.holding(np.full((4, 8), value))
+    assert len(arrays._arrays) == 1
+
+
 def test_an_error_in_the_thread_is_raised_in_the_consumer(
     make_dataset: Callable[..., Path],
 ) -> None:
