@@ -15,10 +15,10 @@ from typing import Any
 from openlm_lite import storage
 from openlm_lite.data.cache import Cache
 from openlm_lite.data.dataset import Dataset, check_fits_model, load_dataset, open_dataset
+from openlm_lite.data.masks import MaskConfig, eot_of
 from openlm_lite.data.mixture import PhaseConfig, SourceConfig, check_mixture, mixture_of
 from openlm_lite.data.openlm_shards import OpenLMOptions
 from openlm_lite.data.order import ORDER_VERSION, SOURCES, auto_lanes, philox_keys
-from openlm_lite.data.packing import MaskConfig, eot_of
 from openlm_lite.data.stream import SourceRows, TokenStream
 from openlm_lite.errors import InputError
 

@@ -23,9 +23,9 @@ import torch
 
 from openlm_lite.data.dataset import BadShardError, Dataset
 from openlm_lite.data.manifest import DatasetInfo
+from openlm_lite.data.masks import IGNORE_INDEX, MaskConfig, apply_masks
 from openlm_lite.data.mixture import Mixture
 from openlm_lite.data.order import RowOrder
-from openlm_lite.data.packing import IGNORE_INDEX, MaskConfig, apply_masks
 from openlm_lite.data.shards import npy_dtype
 from openlm_lite.errors import InputError
 

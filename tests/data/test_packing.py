@@ -17,15 +17,14 @@ from torch import Tensor
 
 from openlm_lite.data import order
 from openlm_lite.data.dataset import open_dataset
-from openlm_lite.data.packing import (
+from openlm_lite.data.masks import (
     IGNORE_INDEX,
     MaskConfig,
     apply_masks,
     document_ids,
-    lay_out,
-    pack_best_fit,
     squash_left,
 )
+from openlm_lite.data.packing import lay_out, pack_best_fit
 from openlm_lite.data.stream import single_stream
 from openlm_lite.errors import InputError
 

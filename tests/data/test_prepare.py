@@ -458,3 +458,9 @@ def test_verify_lists_every_bad_shard(config: Config) -> None:
         path.write_bytes(data)
     with pytest.raises(InputError, match=r"(?s)2 of \d+ shards.*shard-000001.*shard-000003"):
         inspect_dataset(config().out, verify=True)
+
+
+def test_workers_start_without_torch() -> None:
+    """Its import takes a second or more, in each process of each stage."""
+    program = "import sys, openlm_lite.data.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from openlm_lite.data.dataset import open_dataset
-from openlm_lite.data.packing import IGNORE_INDEX, MaskConfig
+from openlm_lite.data.masks import IGNORE_INDEX, MaskConfig
 from openlm_lite.data.plan import PrepareConfig
 from openlm_lite.data.prepare import prepare
 from openlm_lite.data.stream import val_batches

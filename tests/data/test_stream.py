@@ -22,8 +22,8 @@ from openlm_lite.data.dataset import (
     load_dataset,
     open_dataset,
 )
+from openlm_lite.data.masks import IGNORE_INDEX
 from openlm_lite.data.mixture import Mixture, Pattern
-from openlm_lite.data.packing import IGNORE_INDEX
 from openlm_lite.data.stream import (
     Batch,
     SourceRows,
