@@ -30,7 +30,7 @@ from openlm_lite.retries import DAMAGE_TRIES, DamagedError
 
 logger = logging.getLogger("openlm_lite")
 
-DEFAULT_GIB = 64.0
+DEFAULT_GIB = 100.0
 _CHUNK = 1 << 22
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openlm_lite import storage
-from openlm_lite.data.cache import Cache
+from openlm_lite.data.cache import DEFAULT_GIB, Cache
 from openlm_lite.data.dataset import Dataset, check_fits_model, load_dataset, open_dataset
 from openlm_lite.data.masks import MaskConfig, eot_of
 from openlm_lite.data.mixture import PhaseConfig, SourceConfig, check_mixture, mixture_of
@@ -42,7 +42,7 @@ class DataConfig(MaskConfig):
     prefetch_batches: int = 4  # read ahead in a background thread; 0 = read when asked
     max_bad_shards: int = 0  # damaged or missing ones to leave out; more of them end the run
     cache_dir: str | None = None  # for the shards of URLs; null: the user's cache folder
-    cache_gib: float = 100.0  # the most that it may hold
+    cache_gib: float = DEFAULT_GIB  # the most that it may hold
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -67,13 +67,20 @@ class SourceRows:
         """(block, row within the block) of the row `row` of a shard."""
         return divmod(row, self._rows_per_block)
 
-    def read(self, shards: np.ndarray, rows: np.ndarray, out: np.ndarray) -> list[BadShardError]:
-        """Fill `out` [n, seq_len + 1] with these rows; those of bad shards are left as they are."""
+    def read(
+        self, shards: np.ndarray, rows: np.ndarray, out: np.ndarray, known_bad: set[int]
+    ) -> list[BadShardError]:
+        """Fill `out` [n, seq_len + 1] with these rows; those of bad shards are left as they are.
+
+        Shards that are known to be bad are not tried again. Returns what others raised.
+        """
         blocks, parts = np.divmod(rows, self._rows_per_block)
         starts = parts * self.seq_len
         opened: dict[int, np.ndarray] = {}
         bad: list[BadShardError] = []
         for shard in np.unique(shards).tolist():
+            if shard in known_bad:
+                continue
             try:
                 opened[shard] = self.dataset.blocks(shard)
             except BadShardError as e:
@@ -142,7 +149,9 @@ class TokenStream:
             one = len(self.sources) == 1
             here = slice(None) if one else np.flatnonzero(places.source == s)
             rows = out if one else out[here]
-            for error in self.sources[s].read(places.shard[here], places.row[here], rows):
+            known_bad = {shard for name, shard in self.bad_shards if name == self.names[s]}
+            read = self.sources[s].read
+            for error in read(places.shard[here], places.row[here], rows, known_bad):
                 self._meet(s, error)
             if not one:
                 out[here] = rows
@@ -181,10 +190,9 @@ class TokenStream:
         return [0] if len(self.sources) == 1 else np.unique(source).tolist()
 
     def _meet(self, s: int, error: BadShardError) -> None:
-        key = (self.names[s], error.shard)
-        if key not in self.bad_shards and len(self.bad_shards) >= self.max_bad_shards:
+        if len(self.bad_shards) >= self.max_bad_shards:
             raise error
-        self.bad_shards.setdefault(key, str(error))
+        self.bad_shards[self.names[s], error.shard] = str(error)
 
 
 def single_stream(

@@ -344,6 +344,11 @@ def test_a_bad_shard_ends_the_run_or_is_left_out_with_all_its_rows(
     assert counts is not None
     assert (~counts).tolist() == ((places.source == 1) & (places.shard == 1)).tolist()
     assert np.array_equal(rows[counts], expected[counts]) and not rows[~counts].any()
+    tried: list[int] = []
+    blocks = stream.sources[1].dataset.blocks
+    stream.sources[1].dataset.blocks = lambda shard: tried.append(shard) or blocks(shard)
+    stream.read(places)
+    assert set(tried) == {0, 2}  # a bad shard is read, or fetched, once
     (key,) = stream.bad_shards
     assert key == ("many", 1) and "shard-000001.tar" in stream.bad_shards[key]
     for batch in take(again(1), 10, batch=8):
