@@ -24,6 +24,7 @@ from openlm_lite.hf.openlm_fields import model_fields
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.init import init_weights
 from openlm_lite.model.transformer import Transformer
+from tests.model.test_openlm_parity import VARIANTS
 
 TOLERANCE = 1e-5
 BACKENDS = ["sdpa", "eager"]
@@ -194,20 +195,6 @@ def test_bfloat16_weights_are_turned_by_fp32_angles() -> None:
 
 
 # --- the same numbers as OpenLM's ----------------------------------------------------------------
-
-VARIANTS = [
-    "default",
-    "default_tied",
-    "dclm",
-    "dclm_tied",
-    "dclm_noqk",
-    "rms_norm_qk",
-    "no_wb_layer_norm_qk",
-    "dclm_gelu",
-    "dclm_llama_rotary",
-    "dclm_head_rotary",
-    "llama2_style",
-]
 
 
 def load_variant(folder: Path, backend: str) -> OpenLMForCausalLM:
