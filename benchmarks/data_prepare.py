@@ -3,9 +3,10 @@
     python benchmarks/data_prepare.py CORPUS.jsonl … --tokenizer NAME_OR_FILE [--workers 1 2] \
         [--options '{"dedup": true}'] [--repeats 3]
 
-Prints one JSON line per case. `share` is the tokenizer's own time on the same texts, divided by
-that of prepare (1.0: nothing else costs anything). Run it on a machine that does nothing else:
-the load is printed with each line. Memory is of all processes together, file pages left out.
+Prints one JSON line per case; a process has one thread that tokenises. `share` is the tokenizer's
+own time on the same texts, divided by that of prepare (1.0: nothing else costs anything);
+`cpu_share` is the same of the time that the processes had a core, which a busy machine changes
+less. The load is printed with each line. Memory is of all processes together, file pages left out.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ from openlm_lite.data.read import format_of, read_documents
 from openlm_lite.data.tokenizer import load_tokenizer
 
 BATCH = 512
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker is one core
 
 
 def tokenizer_alone(paths: list[str], name: str) -> dict[str, Any]:
     """Seconds in `encode_batch` for all documents, one process."""
     tokenizer = load_tokenizer(name)
-    seconds, n_tokens, batch = 0.0, 0, []
+    seconds, cpu_seconds, n_tokens, batch = 0.0, 0.0, 0, []
 
     def encode() -> None:
-        nonlocal seconds, n_tokens
-        started = time.perf_counter()
+        nonlocal seconds, cpu_seconds, n_tokens
+        started, cpu_started = time.perf_counter(), _cpu_seconds()
         n_tokens += sum(map(len, tokenizer.encode_batch(batch)))
         seconds += time.perf_counter() - started
+        cpu_seconds += _cpu_seconds() - cpu_started
         batch.clear()
 
     for path in paths:
@@ -47,7 +50,17 @@ def tokenizer_alone(paths: list[str], name: str) -> dict[str, Any]:
             if len(batch) == BATCH:
                 encode()
     encode()
-    return {"case": "tokenizer alone", "seconds": seconds, "tokens_per_second": n_tokens / seconds}
+    return {
+        "case": "tokenizer alone",
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "tokens_per_second": n_tokens / seconds,
+    }
+
+
+def _cpu_seconds() -> float:
+    """Of this process and those of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 class Memory(threading.Thread):
@@ -85,6 +98,7 @@ def prepared(paths: list[str], name: str, workers: int, options: dict[str, Any])
     with tempfile.TemporaryDirectory(dir=".") as folder:
         memory = Memory()
         memory.start()
+        cpu_started = _cpu_seconds()
         report = prepare(
             PrepareConfig(
                 inputs=tuple(paths),
@@ -94,11 +108,13 @@ def prepared(paths: list[str], name: str, workers: int, options: dict[str, Any])
                 **options,
             )
         )
+        cpu_seconds = _cpu_seconds() - cpu_started
         memory.over.set()
         memory.join()
     return {
         "case": f"prepare, {workers} processes",
         "seconds": report.seconds,
+        "cpu_seconds": cpu_seconds,
         "tokens_per_second": report.tokens_per_second,
         "peak_MB": memory.peak / 1e6,
     }
@@ -117,8 +133,9 @@ def main() -> None:
         print(json.dumps({**alone, "load": os.getloadavg()[0]}), flush=True)
         for workers in args.workers:
             result = prepared(args.paths, args.tokenizer, workers, args.options)
-            share = alone["seconds"] / workers / result["seconds"]
-            print(json.dumps({**result, "share": share, "load": os.getloadavg()[0]}), flush=True)
+            result["share"] = alone["seconds"] / workers / result["seconds"]
+            result["cpu_share"] = alone["cpu_seconds"] / result["cpu_seconds"]
+            print(json.dumps({**result, "load": os.getloadavg()[0]}), flush=True)
 
 
 if __name__ == "__main__":

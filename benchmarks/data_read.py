@@ -11,8 +11,11 @@ in the page cache after the first repetition, and deliver int64 torch tensors, t
     native, 2 proc  two processes, each with its half of every global batch; their sum
     json.gz, json   OpenLM's shards as they are: opened, checked, decoded, shuffled, every time
     json.gz, zlib   the same without isal
-    openlm json.gz  OpenLM's way: webdataset's decoder, lists of ints, LongTensor; unshuffled
-    openlm json     the same without gzip
+    openlm json.gz  OpenLM's way: webdataset's decoder, lists of ints and batches in one DataLoader
+                    worker (its default), LongTensor in the training process; unshuffled, as it
+                    reads with a manifest; the start of the worker is not counted
+    openlm, inline  the same without the worker: decoder, lists and LongTensor in one process
+    openlm json     the latter without gzip
     webdataset      stock webdataset over our shards: .decode(), blocks cut into rows, unshuffled
     mosaic, litdata MosaicML Streaming and litdata over their own files, shuffled, in a process of
                     PYTHON each (default: this one), where they are installed
@@ -186,10 +189,29 @@ def read_webdataset(folder: Path, n_batches: int, batch: int, seq_len: int) -> I
                 return
 
 
-def read_openlm(folder: Path, n_batches: int, batch: int, ending: str) -> Iterator[Pair]:
+def read_openlm_inline(folder: Path, n_batches: int, batch: int, ending: str) -> Iterator[Pair]:
     samples = samples_of(folder)
     for _ in range(n_batches):
         rows = [sample[ending] for sample in itertools.islice(samples, batch)]
+        ids = torch.LongTensor(rows)
+        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def read_openlm(folder: Path, n_batches: int, batch: int, seq_len: int) -> Iterator[Pair]:
+    import webdataset as wds
+
+    paths = [str(path) for path in sorted(folder.glob("*.tar"))]
+    pipeline = wds.DataPipeline(  # pyright: ignore
+        wds.SimpleShardList(paths),  # pyright: ignore
+        wds.split_by_worker,  # pyright: ignore
+        wds.tarfile_to_samples(),  # pyright: ignore
+        wds.decode(),  # pyright: ignore
+        wds.to_tuple("json.gz"),  # pyright: ignore
+        wds.select(lambda sample: len(sample[0]) > seq_len),  # pyright: ignore
+        wds.batched(batch, partial=False),  # pyright: ignore
+    )
+    loader = wds.WebLoader(pipeline, batch_size=None, num_workers=1)  # pyright: ignore
+    for (rows,) in itertools.islice(loader, n_batches):
         ids = torch.LongTensor(rows)
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -342,16 +364,25 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[Rate]]:
         "json.gz": lambda: decoded("json.gz"),
         "json.gz, zlib": without_isal,
         "json": lambda: decoded("json"),
-        "openlm json.gz": lambda: read_openlm(folder / "json.gz", n_of["openlm"], batch, "json.gz"),
-        "openlm json": lambda: read_openlm(folder / "json", n_of["openlm"], batch, "json"),
+        "openlm, inline": lambda: read_openlm_inline(
+            folder / "json.gz", n_of["openlm"], batch, "json.gz"
+        ),
+        "openlm json": lambda: read_openlm_inline(folder / "json", n_of["openlm"], batch, "json"),
         "webdataset": lambda: read_webdataset(native, n_of["webdataset"], batch, seq_len),
         "memmap": lambda: read_memmap(folder / "flat.bin", n_batches, batch, seq_len),
     }
     sources: dict[str, Callable[[], Rate]] = {
         key: (lambda read=read: consume(read(), batch, seq_len)) for key, read in readers.items()
     }
+
+    def openlm() -> Rate:
+        batches = read_openlm(folder / "json.gz", 1 + n_of["openlm"], batch, seq_len)
+        next(batches)  # the start of its worker
+        return Rate(consume(batches, batch, seq_len).wall)  # the worker's cpu time is not known
+
+    sources["openlm json.gz"] = openlm
     with contextlib.ExitStack() as stack:
-        two = TwoProcesses(native, seq_len, batch, n_batches // 2)
+        two = TwoProcesses(native, seq_len, batch, n_batches)
         stack.callback(two.close)
         sources["native, 2 proc"] = two.rate
         for key, module in (("mosaic", "streaming"), ("litdata", "litdata")):

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from openlm_lite import cli
+from openlm_lite.data.sources import check_same_data, data_facts, open_sources, open_stream
+from openlm_lite.errors import InputError
 from openlm_lite.log import read_metrics
+from openlm_lite.run import load_run
 from tests.train_server import TrainServer
 
 
@@ -100,14 +103,17 @@ def test_a_mixture_holds_its_weights_through_a_curriculum_and_logs_each_source(
     assert "from token 2048: big 0.5, small 0.5" in said
 
 
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.fixture
 def damaged(toy_recipe: Path, tmp_path: Path) -> list[str]:
-    """Words that make the toy run read a copy of its data with one shard cut short."""
+    """Words that make the toy run read a copy of its data with a flipped bit in one shard."""
     shutil.copytree(toy_recipe.parent / "data" / "train", tmp_path / "data")
-    shard = sorted((tmp_path / "data").glob("*.tar"))[1]
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    damage(tmp_path / "data" / "shard-000001.tar")
     return [str(toy_recipe), f"data.train={tmp_path / 'data'}", f"run.dir={tmp_path / 'run'}"]
 
 
@@ -129,6 +135,34 @@ def test_bad_shards_up_to_the_limit_are_left_out_and_told(
     commits = sorted((tmp_path / "run" / "checkpoints").glob("step_*/COMMIT.json"))
     ((source, shard, message),) = json.loads(commits[-1].read_text())["facts"]["bad_shards"]
     assert (source, shard) == ("train", 1) and "damaged" in message
+
+
+def test_the_bad_shards_of_all_ranks_together_are_held_against_the_limit(
+    train_server: TrainServer, damaged: list[str], tmp_path: Path
+) -> None:
+    """Each rank reads a lane of its own, with one bad shard: within the limit for either."""
+    damage(tmp_path / "data" / "shard-000000.tar")
+    words = [*damaged, "data.max_bad_shards=1", "data.lanes=2", "total_steps=40"]
+    said = tmp_path / "said.txt"
+    assert run_with(train_server, *words, world=2, log=said) == [2, 2]
+    (message,) = [
+        line for line in said.read_text().splitlines() if line.startswith("openlm: 2 shards")
+    ]
+    assert "are bad, more than data.max_bad_shards = 1" in message
+    assert said.read_text().count("left out:") <= 1
+    for name in ("shard-000000.tar", "shard-000001.tar"):
+        assert name in said.read_text()
+
+
+def test_a_change_of_the_lanes_is_refused_with_the_old_number(toy_recipe: Path) -> None:
+    cfg = load_run(str(toy_recipe))
+    datasets, _ = open_sources(cfg.data, cfg.model.vocab_size)
+    stream = open_stream(cfg.data, datasets, total_tokens=1)
+    facts = data_facts(stream)
+    check_same_data(facts, stream)
+    facts["data"]["train"]["lanes"] = 3
+    with pytest.raises(InputError, match=r"data/train: .*in 3 lanes, now in 1; set data.lanes=3"):
+        check_same_data(facts, stream)
 
 
 def test_documents_kept_apart_train_alike_on_one_and_two_ranks(

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-ROWS_AT_ONCE = 16  # 32k ids: the arrays of one step stay in a core's second cache
+ROWS_AT_ONCE = 32  # 65k ids: the arrays of one step are still in the second or third cache
 MAX_ID = 0xFFFFFFFF
 _MAX_BYTES_PER_ID = 64  # of text: more is a decompression bomb, not a row of ids
 _MAX_FIRST_ROW = 64 << 20  # bytes of text, while no row has told the length

@@ -11,6 +11,7 @@ enter into which rows make a global batch. Shapes: B batch, T position (seq_len)
 
 from __future__ import annotations
 
+import atexit
 import queue
 import sys
 import threading
@@ -310,37 +311,43 @@ def checksum_of(rows: np.ndarray) -> int:
 
 
 def _in_background(batches: Iterator[Batch], prefetch: int) -> Generator[Batch]:
-    """Run `batches` in a thread that stays at most `prefetch` items ahead."""
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
-    stop = threading.Event()
-
-    def put(item: Batch | BaseException) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    """Run `batches`, endless, in a thread that stays at most `prefetch` items ahead."""
+    ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+    room: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for every item that may be read
+    ended = threading.Event()
+    for _ in range(prefetch):
+        room.put(None)
 
     def work() -> None:
         try:
-            for batch in batches:
-                put(batch)
-                if stop.is_set():
+            while True:
+                room.get()
+                if ended.is_set():
                     return
+                ready.put(next(batches))
         except BaseException as e:
-            put(e)  # for the consumer to raise
+            ready.put(e)  # for the consumer to raise
 
     thread = threading.Thread(target=work, name="openlm-prefetch", daemon=True)
+
+    def end() -> None:
+        ended.set()
+        room.put(None)
+        thread.join()
+
     thread.start()
+    # a process that ends in the middle of the data must not tear down torch under the thread
+    atexit.register(end)
     try:
         while True:
             item = ready.get()
             if isinstance(item, BaseException):
                 raise item
+            room.put(None)
             yield item
     finally:
-        stop.set()
-        thread.join()
+        atexit.unregister(end)
+        end()
 
 
 def val_batches(

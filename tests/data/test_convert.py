@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from openlm_lite import cli
 from openlm_lite.data import convert
 from openlm_lite.data.convert import convert_shards
 from openlm_lite.data.dataset import open_dataset
@@ -139,3 +140,26 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path: Path) -> None
         convert_shards(str(source), str(out), block_tokens=16, workers=1)
     assert files_of(out) == before
     assert json.loads(before["dataset.json"])["config"]["format"] == "openlm"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x.jsonl", "--vocab-size", "300", "--pad-id", "0"], "--vocab-size, --pad-id: goes with"),
+        (["--from-shards", "there", "x.jsonl"], "--from-shards: takes the place of inputs"),
+        (["--from-shards", "there", "--train-tokenizer", "300"], "and of --train-tokenizer"),
+        (["--from-shards", "there"], "there"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare", *words, "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -180,6 +182,36 @@ def test_closing_the_generator_ends_its_thread(dataset: Dataset) -> None:
     assert len(prefetch_threads()) == 1
     close(batches)
     assert not prefetch_threads()
+
+
+def test_at_most_so_many_batches_are_read_ahead(dataset: Dataset) -> None:
+    stream = single_stream(dataset, 16, seed=0, shuffle_shards=2)
+    read: list[int] = []
+
+    def counted() -> Iterator[Batch]:
+        for batch in take(stream, 100):
+            read.append(batch.first_index)
+            yield batch
+
+    batches = stream_module._in_background(counted(), 3)
+    for k in range(1, 20):
+        next(batches)
+        assert len(read) <= k + 3
+    close(batches)
+    assert len(read) <= 19 + 3
+
+
+def test_a_process_may_end_in_the_middle_of_the_data(dataset: Dataset) -> None:
+    script = f"""
+from openlm_lite.data.dataset import open_dataset
+from openlm_lite.data.stream import single_stream, train_batches
+stream = single_stream(open_dataset({dataset.folder!r}), 16, seed=0, shuffle_shards=2)
+size = dict(first_sample=0, global_batch=4, rank=0, world_size=1, prefetch=64)
+kept = [train_batches(stream, **size) for _ in range(8)]
+print([next(batches).first_index for batches in kept])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{[0] * 8}\n", "")
 
 
 @given(st.lists(st.integers(0, 3), min_size=10, max_size=40))
