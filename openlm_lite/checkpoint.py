@@ -50,6 +50,7 @@ from openlm_lite.commit import (
     step_of_folder,
     write_synced,
 )
+from openlm_lite.dist import Group
 from openlm_lite.errors import InputError, RunError
 from openlm_lite.safe_dcp import (
     METADATA_NAME,
@@ -86,9 +87,12 @@ class CheckpointConfig:
     every_steps: int = 1000  # optimizer steps between saves
     keep_last: int = 3  # newest checkpoints to keep (the newest two are always kept)
     keep_every: int = 0  # also keep every step divisible by this; 0 = none
+    background: bool = True  # write while training goes on; the tensors are copied first
+    max_failures: int = 3  # periodic saves in a row that may fail; then the run ends
 
     def __post_init__(self) -> None:
-        for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_every", 0)):
+        limits = (("every_steps", 1), ("keep_last", 1), ("keep_every", 0), ("max_failures", 0))
+        for name, least in limits:
             if getattr(self, name) < least:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least {least}")
 
@@ -114,23 +118,44 @@ def save_checkpoint(
     the configuration and the step. Saving a step that is committed already changes nothing.
     Raises CheckpointError on every rank if saving failed on any of them.
     """
+    tensors = tensors_of(model, optimizer)
+    return write_checkpoint(root, tensors, state, documents=documents, facts=facts, cfg=cfg)
+
+
+def tensors_of(model: nn.Module, optimizer: Optimizers) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of them, by the names that it has there; this rank's shards."""
+    return model_tensors(model) | optimizer_tensors(model, optimizer)
+
+
+def write_checkpoint(
+    root: str,
+    tensors: Mapping[str, torch.Tensor],
+    state: TrainState,
+    *,
+    documents: Mapping[str, str],
+    facts: Mapping[str, Any],
+    cfg: CheckpointConfig,
+    group: Group = None,
+) -> str:
+    """What `save_checkpoint` does, of tensors that may be copies; collective over `group`."""
     check_local_path(root)
     check_document_names(documents)
     final = os.path.join(root, step_folder_name(state.step))
     temporary = os.path.join(root, TEMPORARY + step_folder_name(state.step))
     texts = {**documents, STATE_NAME: state.to_json()}
-    tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
-    if not _on_main(lambda: _prepare(root, final, temporary, state, tensors)):
+    if not _on_main(lambda: _prepare(root, final, temporary, state, tensors), group):
         return final
     try:
-        files = stage_and_write(temporary, lambda folder: write_tensors(folder, tensors), texts)
+        files = stage_and_write(
+            temporary, lambda folder: write_tensors(folder, tensors, group), texts, group
+        )
         commit = Commit(temporary, state, dist.world_size(), facts, files)
-        _on_main(lambda: commit_folder(commit, final))
+        _on_main(lambda: commit_folder(commit, final), group)
     except BaseException:
         if dist.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _on_main(lambda: _delete_old(root, cfg))  # nobody leaves while it lasts
+    _on_main(lambda: _delete_old(root, cfg), group)  # nobody leaves while it lasts
     return final
 
 
@@ -182,12 +207,12 @@ def check_free_space(root: str, n_bytes: int, remedy: str) -> None:
 
 
 def stage_and_write(
-    folder: str, write: Callable[[str], None], texts: Mapping[str, str]
+    folder: str, write: Callable[[str], None], texts: Mapping[str, str], group: Group = None
 ) -> dict[str, tuple[int, int]]:
     """Write everything but COMMIT.json; collective. Returns file -> (size, crc32) of all ranks.
 
     write: puts this rank's tensors into the folder that it is given, TransferError where it cannot.
-    The half of a save that a background thread could do one day; it makes nothing visible.
+    The half of a save that makes nothing visible.
     """
 
     def write_own_share() -> dict[str, tuple[int, int]]:
@@ -203,7 +228,7 @@ def stage_and_write(
         paths = {name: os.path.join(folder, name) for name in names}
         return {name: (os.path.getsize(p), crc32_of_file(p)) for name, p in paths.items()}
 
-    shares = _on_all_ranks(write_own_share)
+    shares = _on_all_ranks(write_own_share, group)
     return {name: entry for share in shares for name, entry in share.items()}
 
 
@@ -410,12 +435,12 @@ def verified_commit(path: str) -> Commit:
     return commit
 
 
-def _on_main(action: Callable[[], T]) -> T:
-    return dist.on_main(action, CheckpointError)
+def _on_main(action: Callable[[], T], group: Group = None) -> T:
+    return dist.on_main(action, CheckpointError, group)
 
 
-def _on_all_ranks(action: Callable[[], T]) -> list[T]:
-    return dist.on_all_ranks(action, CheckpointError)
+def _on_all_ranks(action: Callable[[], T], group: Group = None) -> list[T]:
+    return dist.on_all_ranks(action, CheckpointError, group)
 
 
 def check_local_path(path: str) -> None:

@@ -81,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("train", _train, "train a recipe; the same command resumes")
     p.add_argument("recipe")
     p.add_argument("overrides", nargs="*", metavar="a.b=c")
+    p.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let a resumed run differ in this key (repeatable); refused otherwise",
+    )
 
     p = verb("plot", _plot, "draw the loss of one or more runs")
     p.add_argument("runs", nargs="+", metavar="RUN")
@@ -157,7 +164,7 @@ def _train(args: argparse.Namespace) -> int:
     from openlm_lite.train import train
 
     log.setup_console()
-    return train(load_run(args.recipe, args.overrides))
+    return train(load_run(args.recipe, args.overrides), args.allow_change)
 
 
 def _plot(args: argparse.Namespace) -> int:

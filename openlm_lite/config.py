@@ -241,6 +241,11 @@ def flatten(plain: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def is_named(key: str, names: Sequence[str]) -> bool:
+    """Whether `names` has the dotted `key`, or a section that it lies in."""
+    return any(key == name or key.startswith(name + ".") for name in names)
+
+
 def _decode_dataclass(
     cls: type, tree: Tree, path: str, problems: list[str], known: list[str]
 ) -> Any:

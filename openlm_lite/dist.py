@@ -105,7 +105,22 @@ def data_parallel_mesh(world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("dp",))
 
 
-def all_gather(value: Any) -> list[Any]:
+Group = dist.ProcessGroup | None
+
+
+def background_group() -> Group:
+    """A gloo group of all ranks for one background thread; collective.
+
+    Two threads must not share a group: their collectives would meet in any order.
+    """
+    if world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # an int for a rank outside it: none is
+    return group
+
+
+def all_gather(value: Any, group: Group = None) -> list[Any]:
     """The values of all ranks, in rank order, on every rank (JSON-like values only).
 
     Over gloo on every machine: where a group has both backends, torch sends objects by the CPU's.
@@ -114,7 +129,7 @@ def all_gather(value: Any) -> list[Any]:
     if size == 1:
         return [value]
     values: list[Any] = [None] * size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -128,13 +143,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def on_main(action: Callable[[], T], error: type[Exception] = RuntimeError) -> T:
+def on_main(
+    action: Callable[[], T], error: type[Exception] = RuntimeError, group: Group = None
+) -> T:
     """Do `action` on rank 0 alone; its result (JSON-like), or its failure, on every rank."""
-    results = on_all_ranks(lambda: action() if rank() == 0 else None, error)
+    results = on_all_ranks(lambda: action() if rank() == 0 else None, error, group)
     return results[0]  # pyright: ignore[reportReturnType]  # None stands for the other ranks
 
 
-def on_all_ranks(action: Callable[[], T], error: type[Exception] = RuntimeError) -> list[T]:
+def on_all_ranks(
+    action: Callable[[], T], error: type[Exception] = RuntimeError, group: Group = None
+) -> list[T]:
     """Do `action` on every rank; the results of all of them, or a failure on all of them alike.
 
     Raises InputError if the first failing rank did, else `error` with the message of each rank.
@@ -150,7 +169,7 @@ def on_all_ranks(action: Callable[[], T], error: type[Exception] = RuntimeError)
         ours = isinstance(cause, InputError | error)
         text = str(cause) if ours else f"{type(cause).__name__}: {cause}"
         described = (isinstance(cause, InputError), text)
-    gathered = all_gather((described, result))
+    gathered = all_gather((described, result), group)
     failures = [(who, *failure) for who, (failure, _) in enumerate(gathered) if failure]
     if not failures:
         return [value for _, value in gathered]

@@ -300,19 +300,34 @@ def _may_change(key: str) -> bool:
     return moved or key.startswith(MAY_CHANGE_ON_RESUME)
 
 
-def check_same_run(cfg: RunConfig, folder: Path) -> None:
-    """Raises InputError if `folder` holds a run with another config, naming the differences."""
+def check_same_run(cfg: RunConfig, folder: Path, allow_change: Sequence[str] = ()) -> list[str]:
+    """What differs from the run in `folder` with permission (`allow_change`), as texts.
+
+    Raises InputError where something else differs, naming it all.
+    """
     # decoded, so that a field that is newer than the run there has its default
     old = config.flatten(config.to_plain(load_run(str(folder / "config.yaml"))))
     new = config.flatten(config.to_plain(cfg))
-    differing = [
-        f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+    for key in allow_change:
+        if not any(config.is_named(known, (key,)) for known in old.keys() | new.keys()):
+            raise InputError(
+                f"--allow-change {key}: no such key in the configuration; allowed are those of "
+                "`openlm config`, such as optim.lr, or a section, such as optim"
+            )
+    differing = {
+        key: f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not _may_change(key)
-    ]
-    if differing:
+    }
+    refused = {
+        key: text for key, text in differing.items() if not config.is_named(key, allow_change)
+    }
+    if refused:
+        flags = " ".join(f"--allow-change {key}" for key in refused)
         raise InputError(
             f"{folder}: holds a run with another configuration:\n  "
-            + "\n  ".join(differing)
-            + "\nset run.dir to a new folder, or go back to the values of the run there"
+            + "\n  ".join(refused.values())
+            + "\nset run.dir to a new folder, go back to the values of the run there, or change it "
+            f"on purpose: {flags}"
         )
+    return list(differing.values())

@@ -7,38 +7,47 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from openlm_lite import dist, log, run, storage
-from openlm_lite.commit import DamagedError, read_commit, step_folders
+from openlm_lite.commit import DamagedError, TrainState, read_commit, step_folders
 from openlm_lite.data.sources import check_same_data
 from openlm_lite.data.stream import TokenStream
 from openlm_lite.errors import InputError
 from openlm_lite.run import RunConfig
 
+STOPPED_NAME = "stopped.json"
+"""in the folder after a stop on request: the run is to be launched again"""
+
 
 @contextmanager
-def run_folder(cfg: RunConfig, folder: Path, stream: TokenStream) -> Iterator[dist.StopRequest]:
+def run_folder(
+    cfg: RunConfig, folder: Path, stream: TokenStream, allow_change: Sequence[str] = ()
+) -> Iterator[dist.StopRequest]:
     """The folder made, locked and described by rank 0; let go of, with the group, at the end."""
     locks: list[IO[str]] = []
 
     def claim() -> None:
-        check_folder(cfg, folder, stream)
+        check_folder(cfg, folder, stream, allow_change)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             locks.append(take_lock(folder))
         except OSError as e:
             raise InputError(f"run.dir: {folder} cannot be used: {e.strerror}") from None
-        check_folder(cfg, folder, stream)  # again: another run may have been quicker
+        # again: another run may have been quicker
+        changes = check_folder(cfg, folder, stream, allow_change)
+        (folder / STOPPED_NAME).unlink(missing_ok=True)
         storage.write_bytes(str(folder / "config.yaml"), run.resolved_yaml(cfg).encode())
         for name in ("tokenizer.json", "tokenizer_config.json"):
             source = f"{stream.sources[0].dataset.folder}/{name}"
             if storage.exists(source):
                 storage.write_bytes(str(folder / name), storage.read_bytes(source))
         log.setup_console(folder / "log.txt")
+        for change in changes:
+            log.logger.warning("changed on resume: %s", change)
 
     stop = None
     try:
@@ -63,25 +72,37 @@ def is_beginning(name: str) -> bool:
     return name in ("lock", "log.txt") or (name.startswith(".") and "config.yaml" in name)
 
 
-def check_folder(cfg: RunConfig, folder: Path, stream: TokenStream) -> None:
-    """Raises InputError if `folder` is not free for this run."""
+def mark_stopped(folder: Path, state: TrainState) -> None:
+    """Leave word, for whoever launches runs, that this one stopped on request and is saved."""
+    storage.write_json(str(folder / STOPPED_NAME), {"step": state.step, "tokens": state.tokens})
+
+
+def check_folder(
+    cfg: RunConfig, folder: Path, stream: TokenStream, allow_change: Sequence[str] = ()
+) -> list[str]:
+    """What differs, with permission, from the run in `folder`, as texts.
+
+    Raises InputError if the folder is not free for this run.
+    """
     if not folder.exists():
-        return
+        return []
     if not folder.is_dir():
         raise InputError(f"run.dir: {folder} is a file, not a folder")
+    changes: list[str] = []
     metrics_file = folder / "metrics.jsonl"
     started = metrics_file.is_file() and metrics_file.stat().st_size > 0
     if (folder / "config.yaml").is_file():
         if started:
-            run.check_same_run(cfg, folder)
+            changes += run.check_same_run(cfg, folder, allow_change)
         for path in step_folders(str(folder / "checkpoints"))[:1]:
             with suppress(DamagedError):  # latest_checkpoint puts it aside, and tries an older one
-                check_same_data(read_commit(path).facts, stream)
+                changes += check_same_data(read_commit(path).facts, stream, allow_change)
     elif others := sorted(p.name for p in folder.iterdir() if not is_beginning(p.name)):
         raise InputError(
             f"run.dir: {folder} holds other things ({', '.join(others[:5])}) and no run; "
             "name a new folder"
         )
+    return changes
 
 
 def take_lock(folder: Path) -> IO[str]:

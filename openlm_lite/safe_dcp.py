@@ -13,7 +13,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +161,10 @@ class _TensorsOnly(DefaultLoadPlanner):
         raise InputError(f"item {read_item.dest_index.fqn!r} is pickled bytes; only tensors load")
 
 
-def write_tensors(folder: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write this rank's share into `folder` and fsync it; collective where a group exists.
+def write_tensors(
+    folder: str, tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """Write this rank's share into `folder` and fsync it; collective (over `group`, or over all).
 
     Raises TransferError on every rank if it failed on any.
     """
@@ -172,6 +174,7 @@ def write_tensors(folder: str, tensors: Mapping[str, torch.Tensor]) -> None:
             dict(tensors),
             storage_writer=_Writer(folder, sync_files=True, overwrite=False),
             planner=DefaultSavePlanner(flatten_state_dict=False),
+            process_group=group,
             no_dist=no_dist,
         )
 
@@ -270,8 +273,10 @@ def data_files_of(folder: str, rank: int) -> list[str]:
 @contextmanager
 def _plain_errors_and_warnings() -> Iterator[None]:
     """DCP raises a BaseException, and warns where no process group exists (wanted here)."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    with ExitStack() as stack:
+        if not dist.is_initialized():  # the filters are those of all threads: left alone in a run
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
             yield
         except CheckpointException as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from openlm_lite.data.stream import TokenStream
 from openlm_lite.dist import World
 from openlm_lite.inherit import Record, describe
 from openlm_lite.run import RunConfig
+from openlm_lite.saver import Saved
 
 
 def every(n: int, step: int) -> bool:
@@ -132,6 +134,20 @@ class Sinks:
         if every(self.cfg.log.every_steps, state.step) or state.step == self.cfg.steps:
             left = (self.cfg.steps - state.step) * self.seconds_per_step
             self.say(log.step_line(record, self.cfg.steps, left))
+
+    def saved(self, saves: Sequence[Saved]) -> None:
+        """Tell of checkpoints that are whole by now, and of saves that failed."""
+        for save in saves:
+            if save.problem:
+                self.say(
+                    f"ALARM: the checkpoint of step {save.state.step} could not be saved: "
+                    f"{save.problem}; the earlier ones are whole, training goes on"
+                )
+            else:
+                self.say(
+                    f"saved {save.path} in {save.seconds:.1f} s (training waited "
+                    f"{save.stalled_seconds:.1f} s)"
+                )
 
     def validation(self, state: TrainState, name: str, loss: float) -> None:
         if self.file is None:

@@ -12,6 +12,7 @@ A run folder::
       log.txt           what the console said
       tokenizer.json    of the data, so that exports and generation have it
       checkpoints/step_00001000/…
+      stopped.json      after a stop on request: the step; gone once training goes on
       lock              held by the running process
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -43,7 +45,8 @@ from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
 from openlm_lite.optim.schedule import lr_at
 from openlm_lite.parallel import build_sharded_model, set_gradient_sync
 from openlm_lite.run import RunConfig
-from openlm_lite.run_folder import run_folder
+from openlm_lite.run_folder import mark_stopped, run_folder
+from openlm_lite.saver import Saver
 from openlm_lite.sinks import Clock, Losses, Sinks, every
 
 DONE, STOPPED = 0, 75
@@ -54,11 +57,12 @@ class NonFiniteError(RunError):
     """The loss or the gradient is NaN or infinite; the weights were not touched."""
 
 
-def train(cfg: RunConfig) -> int:
+def train(cfg: RunConfig, allow_change: Sequence[str] = ()) -> int:
     """Train the run to its end or to a stop request; returns the exit code.
 
     Launched again on the same run.dir it continues from the newest whole checkpoint, and ends
-    with the weights of the uninterrupted run.
+    with the weights of the uninterrupted run. `allow_change` names keys that may differ from the
+    run there, which are refused otherwise.
     """
     _, world_size, _ = dist.launched()
     micro_batches = cfg.micro_batches(world_size)
@@ -69,7 +73,7 @@ def train(cfg: RunConfig) -> int:
     make_deterministic(cfg)
 
     world = dist.init(cfg.run.device)
-    with run_folder(cfg, folder, stream) as stop, ExitStack() as at_end:
+    with run_folder(cfg, folder, stream, allow_change) as stop, ExitStack() as at_end:
         mesh = dist.data_parallel_mesh(world)
         model = build_sharded_model(
             cfg.model.architecture, mesh, cfg.parallel, world.device, cfg.run.seed
@@ -82,8 +86,8 @@ def train(cfg: RunConfig) -> int:
             state = TrainState(step=0, tokens=0, next_sample=0)
             origin = first_weights(model, cfg.model.init_from, source, folder)
         else:
-            check_same_data(commit.facts, stream)
-            stream.bad_shards.update(bad_shards_of(commit.facts))
+            if not check_same_data(commit.facts, stream, allow_change):
+                stream.bad_shards.update(bad_shards_of(commit.facts))
             origin = commit.facts.get("init_from")
             state = checkpoint.load_checkpoint(commit, model, optimizer)
         del source  # and with it what it has open
@@ -91,16 +95,19 @@ def train(cfg: RunConfig) -> int:
         at_end.callback(sinks.close)
         sinks.banner(stream, origin, resumed=commit is not None)
 
-        def save(state: TrainState) -> None:
+        saver = Saver(root, cfg.checkpoint)
+        at_end.callback(saver.close)
+
+        def save(state: TrainState, must_succeed: bool) -> None:
             documents = {
                 "config.yaml": run.resolved_yaml(cfg),
                 "model.json": run.model_json(cfg.model.architecture),
             }
             facts = data_facts(stream) | ({"init_from": origin} if origin else {})
-            path = checkpoint.save_checkpoint(
-                root, model, optimizer, state, documents=documents, facts=facts, cfg=cfg.checkpoint
-            )
-            sinks.say(f"saved {path}")
+            before = saver.start(model, optimizer, state, documents=documents, facts=facts)
+            sinks.saved(before)
+            if must_succeed:
+                sinks.saved(saver.finish(must_succeed))
 
         def validate(state: TrainState) -> None:
             for name, dataset in val_sets.items():
@@ -159,13 +166,15 @@ def train(cfg: RunConfig) -> int:
             )
             clock.lap("step")
             sinks.step(state, losses, grad_norm, lr, clock, stream)
+            sinks.saved(saver.finished())
 
             done = state.step == cfg.steps
             if done or every(cfg.eval.every_steps, state.step):
                 validate(state)
             if done or stop_wanted or every(cfg.checkpoint.every_steps, state.step):
-                save(state)
+                save(state, must_succeed=done or stop_wanted)
             if stop_wanted and not done:
+                dist.on_main(lambda state=state: mark_stopped(folder, state))
                 sinks.say(f"stopped on request after step {state.step}; the same command resumes")
                 return STOPPED
 

@@ -45,6 +45,7 @@ from openlm_lite.checkpoint import (
     save_checkpoint,
 )
 from openlm_lite.errors import InputError
+from openlm_lite.saver import Saver
 
 CASE_SECONDS = 60.0
 STRAGGLER_SECONDS = 10.0  # how long the others may live after one rank was killed
@@ -135,9 +136,13 @@ def _hook_events(event: Events) -> None:
 
 
 def train(case: dict[str, Any], rank: int, event: Events) -> dict[str, Any]:
-    """Train from the newest checkpoint in `folder` to the last step, saving on the way."""
+    """Train from the newest checkpoint in `folder` to the last step, saving on the way.
+
+    With `background` the saves are written while the next steps are made.
+    """
     root = case["folder"]
     model, optimizer = build(sharded=True)
+    saver = Saver(root, CheckpointConfig(keep_last=1)) if case.get("background") else None
     found = latest_checkpoint(root)
     step = 0 if found is None else load_checkpoint(found, model, optimizer).step
     started_at = step
@@ -146,21 +151,26 @@ def train(case: dict[str, Any], rank: int, event: Events) -> dict[str, Any]:
         step += 1
         event(f"step {step}")
         if step in case.get("save_at", SAVE_AT):
-            save(root, model, optimizer, step)
+            if saver is None:
+                save(root, model, optimizer, step)
+            else:
+                saver.start(model, optimizer, state_at(step), **WITH)
+    if saver is not None:
+        saver.finish(must_succeed=True)
     print_of_weights = fingerprint(model, optimizer)
     return {"fingerprint": print_of_weights, "events": event.names, "started_at": started_at}
 
 
+WITH = {"documents": {"config.yaml": "seed: 0\n"}, "facts": {"config_sha256": "0" * 64}}
+
+
+def state_at(step: int) -> TrainState:
+    return TrainState(step, step * 100, step * 8)
+
+
 def save(root: str, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> str:
-    return save_checkpoint(
-        root,
-        model,
-        optimizer,
-        TrainState(step, step * 100, step * 8),
-        documents={"config.yaml": "seed: 0\n"},
-        facts={"config_sha256": "0" * 64},
-        cfg=CheckpointConfig(keep_last=1),
-    )
+    cfg = CheckpointConfig(keep_last=1)
+    return save_checkpoint(root, model, optimizer, state_at(step), cfg=cfg, **WITH)
 
 
 def weights(case: dict[str, Any], rank: int, event: Events) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from openlm_lite.commit import check_contents, read_commit
 from openlm_lite.hf.weights import checkpoint_weights
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.fault
 STRIDE = 24  # the default tier kills at every 24th event; marker `slow` at each
 
 
@@ -90,16 +91,20 @@ def names_in(folder: Path) -> list[str]:
 
 
 def kill_and_restart(
-    ranks: Ranks, folder: Path, kill: tuple[int, int], whole: list[dict[str, Any]]
+    ranks: Ranks,
+    folder: Path,
+    kill: tuple[int, int],
+    whole: list[dict[str, Any]],
+    background: bool = False,
 ) -> str | None:
     """What went wrong when the rank `kill[0]` died at its event `kill[1]`; None if nothing did."""
-    killed = ranks.run("train", folder, kill=kill)
+    killed = ranks.run("train", folder, kill=kill, background=background)
     victim, survivor = killed["codes"][kill[0]], killed["codes"][1 - kill[0]]
     if victim != -9:
         return f"the victim was not killed: {killed}"
     if survivor == -9:
         return "the survivor hung and had to be killed"
-    again = ranks.run("train", folder)
+    again = ranks.run("train", folder, background=background)
     if any(again["codes"]):
         return f"the restart failed: {again['errors']}"
     for before, after in zip(whole, again["results"], strict=True):
@@ -113,28 +118,51 @@ def kill_and_restart(
     return None
 
 
-def run_matrix(ranks: Ranks, whole: list[dict[str, Any]], scratch: Path, stride: int) -> None:
+def run_matrix(
+    ranks: Ranks,
+    whole: list[dict[str, Any]],
+    scratch: Path,
+    stride: int,
+    background: bool = False,
+) -> None:
     points = [(rank, k) for rank in (0, 1) for k in range(len(whole[rank]["events"]))]
     failures = []
     for rank, k in points[stride // 2 :: stride]:
-        problem = kill_and_restart(ranks, scratch / f"{rank}-{k}", (rank, k), whole)
+        problem = kill_and_restart(ranks, scratch / f"{rank}-{k}", (rank, k), whole, background)
         if problem is not None:
             failures.append(f"rank {rank}, event {k} ({whole[rank]['events'][k]}): {problem}")
         shutil.rmtree(scratch / f"{rank}-{k}", ignore_errors=True)
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
 def test_a_rank_killed_at_any_event_resumes_bit_equal(
-    ranks: Ranks, whole_run: tuple[Path, list[Any]], tmp_path: Path
+    ranks: Ranks, whole_run: tuple[Path, list[Any]], tmp_path: Path, background: bool
 ) -> None:
-    run_matrix(ranks, whole_run[1], tmp_path, STRIDE)
+    run_matrix(ranks, whole_run[1], tmp_path, STRIDE, background)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
 def test_a_rank_killed_at_every_event_resumes_bit_equal(
+    ranks: Ranks, whole_run: tuple[Path, list[Any]], tmp_path: Path, background: bool
+) -> None:
+    run_matrix(ranks, whole_run[1], tmp_path, 1, background)
+
+
+def test_saving_in_the_background_changes_no_bit(
     ranks: Ranks, whole_run: tuple[Path, list[Any]], tmp_path: Path
 ) -> None:
-    run_matrix(ranks, whole_run[1], tmp_path, 1)
+    behind = ranks.results("train", tmp_path / "behind", background=True)
+    for one, other in zip(behind, whole_run[1], strict=True):
+        assert one["fingerprint"] == other["fingerprint"]
+    for name in ("step_00000003", "step_00000005"):
+        for folder in (tmp_path / "behind" / name, whole_run[0] / name):
+            check_contents(read_commit(str(folder)))
+        texts = [
+            (f / name / "COMMIT.json").read_text() for f in (tmp_path / "behind", whole_run[0])
+        ]
+        assert texts[0] == texts[1]  # the checksums of all tensors among it
 
 
 @pytest.mark.parametrize("around", ["before rename", "after rename"])
@@ -207,20 +235,6 @@ def test_a_failed_commit_fails_on_all_ranks_and_leaves_the_earlier_checkpoints(
         assert "Input/output error" in result["error"]
         assert result["names"] == ["step_00000003", "step_00000005"]
         assert result["again"] == "step_00000006"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = shutil.which("mount")
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)])
-    if done.returncode != 0:
-        pytest.skip("this machine does not let root mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("free_pages", [2, 4, 7])  # of 4 KiB; a checkpoint wants about 12

@@ -19,7 +19,7 @@ LAYERS = [
     {"model", "data", "optim", "metrics", "log"},
     {"parallel", "commit", "safe_dcp", "checkpoint", "weights_io", "inherit", "hf", "eval"},
     {"run"},
-    {"train", "run_folder", "sinks", "plots", "inspection"},
+    {"train", "run_folder", "saver", "sinks", "plots", "inspection"},
     {"cli", "cli_data", "__main__"},
 ]
 APART = {"model", "data", "optim"}  # these never see each other

@@ -222,6 +222,11 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_resumes(
     stopped_at = len(losses(run))
     assert f"stopped on request after step {stopped_at}" in message
     assert Path(resolve_checkpoint(str(run))).name == f"step_{stopped_at:08}"
+    word = json.loads((run / "stopped.json").read_text())
+    assert word == {"step": stopped_at, "tokens": 256 * stopped_at}
+    again = train_server.train(str(toy_recipe), f"run.dir={run}", *words, kill=(0, 60))
+    assert again["codes"] == [-signal.SIGKILL]  # it was under way, and the word was gone
+    assert not (run / "stopped.json").exists()
 
 
 def test_a_non_finite_loss_never_reaches_the_weights(

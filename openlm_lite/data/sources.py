@@ -8,11 +8,12 @@ data: {…, curriculum: {cooldown: {from_tokens: 2.0e9, weights: {web: 0.4, code
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from openlm_lite import storage
+from openlm_lite.config import is_named
 from openlm_lite.data.cache import DEFAULT_GIB, Cache
 from openlm_lite.data.dataset import Dataset, check_fits_model, load_dataset, open_dataset
 from openlm_lite.data.masks import MaskConfig, eot_of
@@ -138,8 +139,14 @@ def data_facts(stream: TokenStream) -> dict[str, Any]:
     return facts
 
 
-def check_same_data(facts: Mapping[str, Any], stream: TokenStream) -> None:
-    """A resumed run must read the data that it started on, in the order that it started with."""
+def check_same_data(
+    facts: Mapping[str, Any], stream: TokenStream, allow_change: Sequence[str] = ()
+) -> list[str]:
+    """A resumed run must read the data that it started on, in the order that it started with.
+
+    Other data is taken where `allow_change` has its key (data.train, data.sources.NAME.path, or
+    data); returned is what differs, as texts. Raises InputError otherwise.
+    """
     now = data_facts(stream)
     if facts.get("order_version") != now["order_version"]:
         raise InputError(
@@ -148,23 +155,37 @@ def check_same_data(facts: Mapping[str, Any], stream: TokenStream) -> None:
             "began it"
         )
     then = facts.get("data") or {}
+    changes: list[str] = []
     if sorted(then) != sorted(now["data"]):
-        raise InputError(
+        change = (
             f"this run was trained on the sources {', '.join(sorted(then))}, now there are "
-            f"{', '.join(sorted(now['data']))}; restore data.sources or use a new run.dir"
+            f"{', '.join(sorted(now['data']))}"
         )
-    for name, rows in zip(stream.names, stream.sources, strict=True):
-        folder = rows.dataset.folder
-        if then[name]["manifest_sha256"] != rows.dataset.manifest_sha256:
+        if not is_named("data.sources", allow_change):
             raise InputError(
-                f"{folder}: its manifest is not the one that this run was trained on; "
-                "restore that data or use a new run.dir"
+                f"{change}; restore data.sources, use a new run.dir, or change it on purpose: "
+                "--allow-change data.sources"
             )
-        if then[name]["lanes"] != rows.lanes:
+        changes.append(change)
+    for name, rows in zip(stream.names, stream.sources, strict=True):
+        if name not in then:
+            continue
+        folder = rows.dataset.folder
+        key = "data.train" if stream.mixture is None else f"data.sources.{name}.path"
+        if then[name]["manifest_sha256"] != rows.dataset.manifest_sha256:
+            change = f"{folder}: its manifest is not the one that this run was trained on"
+            if not is_named(key, allow_change):
+                raise InputError(
+                    f"{change}; restore that data, use a new run.dir, or change it on purpose: "
+                    f"--allow-change {key}"
+                )
+            changes.append(change)
+        elif then[name]["lanes"] != rows.lanes and not is_named("data.lanes", allow_change):
             raise InputError(
                 f"{folder}: this run read it in {then[name]['lanes']} lanes, now in {rows.lanes}; "
                 f"set data.lanes={then[name]['lanes']} or use a new run.dir"
             )
+    return changes
 
 
 def bad_shards_of(facts: Mapping[str, Any]) -> dict[tuple[str, int], str]:
