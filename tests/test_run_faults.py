@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from openlm_lite.checkpoint import latest_checkpoint
 from openlm_lite.commit import check_contents, read_commit, step_folders
+from openlm_lite.data.dataset import BadShardError, open_dataset
+from openlm_lite.data.verify import verify_dataset
 from tests.test_train import final_weights, losses, measured, same_weights
 from tests.train_server import TrainServer
 
@@ -54,6 +64,60 @@ def test_a_full_disk_costs_saves_then_the_run_but_no_checkpoint(
     assert same_weights(run, whole) and losses(run) == losses(whole)
 
 
+def kill_often(
+    server: TrainServer, words: list[str], kills: int, worlds: tuple[int, ...], seed: int
+) -> int:
+    """Launch the run again and again, a random rank killed at a random event; then let it end.
+
+    Returns how many launches were killed.
+    """
+    rng = random.Random(seed)
+    killed = 0
+    while killed < kills:
+        world = rng.choice(worlds)
+        kill = (rng.randrange(world), rng.randrange(1, 60))
+        codes = server.train(*words, world=world, kill=kill)["codes"]
+        if codes == [0] * world:
+            return killed
+        assert codes[kill[0]] == -signal.SIGKILL, codes
+        killed += 1
+    assert server.train(*words, world=worlds[0])["codes"] == [0] * worlds[0]
+    return killed
+
+
+LONGER = ["total_steps=160", "checkpoint.every_steps=1", "eval.every_steps=0", "optim.lr=1e-3"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "kills"),
+    [(24, 6), pytest.param(160, 100, marks=pytest.mark.slow)],
+)
+def test_random_kills_at_random_world_sizes_change_no_batch_and_hardly_the_loss(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, steps: int, kills: int
+) -> None:
+    words = [str(toy_recipe), *LONGER, f"total_steps={steps}", "micro_batch_size=2"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train_server.train(*words, f"run.dir={whole}")["codes"] == [0]
+    killed = kill_often(train_server, [*words, f"run.dir={run}"], kills, (1, 2, 4), seed=5)
+    assert killed == kills
+    assert [r["data/checksum"] for r in measured(run) if "data/checksum" in r] == [
+        r["data/checksum"] for r in measured(whole) if "data/checksum" in r
+    ]
+    assert losses(run)[-1] == pytest.approx(losses(whole)[-1], rel=1e-6)
+    steps_in(run)
+
+
+@pytest.mark.slow
+def test_random_kills_at_one_world_size_change_no_bit(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    words = [str(toy_recipe), *LONGER, "total_steps=60"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train_server.train(*words, f"run.dir={whole}", world=2)["codes"] == [0, 0]
+    assert kill_often(train_server, [*words, f"run.dir={run}"], 30, (2,), seed=6) == 30
+    assert measured(run) == measured(whole) and same_weights(run, whole)
+
+
 def test_a_changed_setting_is_refused_unless_it_is_allowed_by_name(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
@@ -96,3 +160,94 @@ def test_other_data_is_read_on_where_that_is_allowed_by_name(
     assert "its manifest is not the one that this run" in (run / "log.txt").read_text()
     assert all(w.isfinite().all() for w in final_weights(run).values())
     assert train_server.train(*words)["codes"] == [0]
+
+
+def change_a_byte(path: Path, rng: random.Random) -> bytes:
+    """Change one random byte of the file; returns what it held before."""
+    before = path.read_bytes()
+    content = bytearray(before)
+    content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+    path.write_bytes(content)
+    return before
+
+
+def test_300_random_changes_of_a_byte_are_found_and_the_checkpoint_before_is_used(
+    whole: Path, tmp_path: Path
+) -> None:
+    root, rng = tmp_path / "checkpoints", random.Random(0)
+    shutil.copytree(whole / "checkpoints", root)
+    newest, before = root / "step_00000012", root / "step_00000008"
+    files = sorted(newest.iterdir())
+    for _ in range(300):
+        path = rng.choice(files)
+        content = change_a_byte(path, rng)
+        found = latest_checkpoint(str(root))
+        assert found is not None and Path(found.path) == before, path.name
+        (root / "bad-step_00000012").rename(newest)
+        path.write_bytes(content)
+    found = latest_checkpoint(str(root))
+    assert found is not None and Path(found.path) == newest  # whole again: nothing was lost
+
+
+def test_300_random_changes_of_a_byte_of_a_shard_are_found(
+    toy_recipe: Path, tmp_path: Path
+) -> None:
+    folder, rng = tmp_path / "data", random.Random(1)
+    shutil.copytree(toy_recipe.parent / "data" / "train", folder)
+    shards = sorted(folder.glob("*.tar"))
+    for _ in range(300):
+        number = rng.randrange(len(shards))
+        content = change_a_byte(shards[number], rng)
+        with pytest.raises(BadShardError, match=shards[number].name):
+            open_dataset(str(folder)).blocks(number)
+        shards[number].write_bytes(content)
+    verify_dataset(str(folder))
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Path]:
+    """A control group whose processes the kernel kills beyond 1.2 GB together."""
+    root = Path("/sys/fs/cgroup")
+    parent = root / "memory" if (root / "memory").is_dir() else root
+    limit = "memory.limit_in_bytes" if parent != root else "memory.max"
+    folder = parent / f"openlm-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / limit).write_text(str(1_200_000_000))
+        with suppress(OSError):  # absent where the kernel does not count swap
+            (folder / limit.replace("memory.", "memory.memsw.")).write_text(str(1_200_000_000))
+    except OSError as e:
+        with suppress(OSError):
+            folder.rmdir()
+        pytest.skip(f"no control group for memory can be made here ({e.strerror})")
+    yield folder
+    folder.rmdir()
+
+
+@pytest.mark.slow
+def test_a_run_that_the_kernel_kills_for_its_memory_goes_on_with_smaller_micro_batches(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, little_memory: Path
+) -> None:
+    words = [str(toy_recipe), "global_batch_tokens=262144", "total_steps=3", "eval.tokens=1024"]
+    words += ["checkpoint.every_steps=1", "schedule.warmup_steps=0", "schedule.cooldown_steps=1"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    fits = "micro_batch_size=512"
+    assert train_server.train(*words, fits, f"run.dir={whole}")["codes"] == [0]
+    events = train_server.train(*words, fits, f"run.dir={tmp_path / 'count'}")["events"][0]
+    train_server.train(*words, fits, f"run.dir={run}", kill=(0, events // 2))
+    before = steps_in(run)
+    assert before
+    script = f"""
+import os, sys
+open({str(little_memory / "cgroup.procs")!r}, "w").write(str(os.getpid()))
+from openlm_lite.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", *words, "micro_batch_size=8192", f"run.dir={run}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert steps_in(run) == before
+    assert train_server.train(*words, fits, f"run.dir={run}")["codes"] == [0]
+    assert losses(run) == losses(whole) and same_weights(run, whole)
