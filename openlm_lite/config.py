@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from openlm_lite.errors import InputError
+from openlm_lite.redact import refuse_credentials
 
 T = TypeVar("T")
 
@@ -141,9 +142,34 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 def parse_yaml(text: str, origin: str) -> Any:
     """The plain value of YAML (or JSON) text."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
+        _check_size(value, {})
+        return value
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
         raise InputError(f"{origin}: not readable as YAML: {' '.join(str(e).split())}") from None
+
+
+_MOST_VALUES = 100_000
+
+
+def _check_size(value: Any, sizes: dict[int, int]) -> int:
+    """The number of plain values in `value`, what is referred to (`*name`) counted each time.
+
+    Ten lines of references to references make 10**10. Raises ValueError above _MOST_VALUES.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in sizes:
+        if not sizes[id(value)]:
+            raise ValueError("a value that holds itself")
+        return sizes[id(value)]
+    sizes[id(value)] = 0  # under way
+    inner = value.values() if isinstance(value, dict) else value
+    size = 1 + sum(_check_size(item, sizes) for item in inner)
+    if size > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES} values")
+    sizes[id(value)] = size
+    return size
 
 
 def load_tree(path: Path) -> Tree:
@@ -298,10 +324,16 @@ def _decode(hint: Any, node: Tree | Value, path: str, problems: list[str], known
         )
         return None
     try:
-        return _coerce(hint, node.value)
+        value = _coerce(hint, node.value)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):  # it would stand in config.yaml and in every checkpoint
+                refuse_credentials(text, f"{node.origin}: {path}")
+        return value
     except _WrongTypeError as e:
         problems.append(f"{node.origin}: {path}: {e}")
-        return None
+    except InputError as e:
+        problems.append(str(e))
+    return None
 
 
 class _WrongTypeError(Exception):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from openlm_lite import redact
 from openlm_lite.errors import InputError
 
 logger = logging.getLogger("openlm_lite")
@@ -18,7 +19,7 @@ logger = logging.getLogger("openlm_lite")
 
 def setup_console(log_file: Path | None = None) -> None:
     """Messages of this process on standard error and, with `log_file`, appended there too."""
-    formatter = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    formatter = redact.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()

@@ -14,6 +14,7 @@ process dies, however it dies. A shard in use is locked shared, and is not dropp
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -64,6 +65,12 @@ class Cache:
             raise InputError(f"data.cache_gib: a cache of {self.max_bytes} bytes; allowed: > 0")
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            # others could put links there, or other shards
+            if os.stat(self.folder).st_mode & 0o002:
+                raise InputError(
+                    f"data.cache_dir: anybody may write to {self.folder}; name a folder of your "
+                    "own inside it, or take that right away (chmod o-w)"
+                )
             with self._locked(".lock"):
                 pass
         except OSError as e:
@@ -99,8 +106,14 @@ class Cache:
         """The shard if it is here; one that is not whole (a crash of the node) is removed."""
         path = os.path.join(self.folder, name)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
+            return None
+        except OSError as e:
+            if e.errno != errno.ELOOP:
+                raise
+            logger.warning("%s: a link where a shard should be; it is fetched again", path)
+            os.unlink(path)
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         try:
@@ -113,7 +126,7 @@ class Cache:
                 whole = _crc32_of(path) == crc32
             if whole:
                 self._checked.add(name)
-                os.utime(path)
+                os.utime(descriptor)
                 return Held(path, descriptor)
             logger.warning("%s: damaged on this disk; it is fetched again", path)
             os.unlink(path)
@@ -213,7 +226,7 @@ def _name(url: str, n_bytes: int, crc32: int | None) -> str:
     """The name of a shard in the cache: other bytes under the same URL are another file."""
     digest = hashlib.sha256(f"{url} {n_bytes}".encode()).hexdigest()[:16]
     content = "unchecked" if crc32 is None else f"{crc32:08x}"
-    return f"{digest}-{content}-{url.rsplit('/', 1)[-1]}"
+    return f"{digest}-{content}-{url.rsplit('/', 1)[-1][-100:]}"
 
 
 def _lock_of(name: str) -> str:

@@ -65,12 +65,17 @@ def inflate_module() -> Any:
     return isal_zlib
 
 
+def most_bytes(row_ids: int | None) -> int:
+    """The most text that a row of `row_ids` ids (None: unknown yet) may have."""
+    return _MAX_FIRST_ROW if row_ids is None else _MAX_BYTES_PER_ID * row_ids + 1024
+
+
 def inflate(module: Any, content: bytes | memoryview, row_ids: int | None) -> bytes:
     """The text of a gzip member that should hold `row_ids` ids (None: unknown yet).
 
     Raises BadRowError for data that is cut, damaged (gzip's crc32) or absurdly long.
     """
-    limit = _MAX_FIRST_ROW if row_ids is None else _MAX_BYTES_PER_ID * row_ids + 1024
+    limit = most_bytes(row_ids)
     text = b""
     while content:  # a gzip file may be several, one after the other
         stream = module.decompressobj(_GZIP)

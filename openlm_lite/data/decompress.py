@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 from openlm_lite.errors import InputError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-_ZSTD_CHUNK = 1 << 20
+# A hostile byte becomes 32 KiB (blocks of one repeated byte), and a call gives all of its output.
+_ZSTD_CHUNK = 4 << 10
 
 
 class ZstdError(Exception):

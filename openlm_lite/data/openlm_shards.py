@@ -317,7 +317,7 @@ def _texts(
     texts: list[bytes] = []
     for row in rows:
         name, start = index.names[row], int(index.offsets_M[row])
-        content = data[start : start + int(index.sizes_M[row])]
+        size, limit = int(index.sizes_M[row]), decode_ids.most_bytes(row_ids)
         if not name.endswith(_ENDINGS):
             raise _bad_row(
                 path,
@@ -325,6 +325,9 @@ def _texts(
                 row,
                 f"its name ends in none of {', '.join(_ENDINGS)}",
             )
+        if size > limit:  # before it is copied
+            raise _bad_row(path, index, row, f"{size} bytes, more than {limit} bytes of text")
+        content = data[start : start + size]
         if name.endswith(".gz"):
             try:
                 content = decode_ids.inflate(inflate, content, row_ids)

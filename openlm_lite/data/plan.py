@@ -21,6 +21,7 @@ from openlm_lite import storage
 from openlm_lite.data.order import check_seed
 from openlm_lite.data.read import Format, format_of, known_extensions, open_input, spans
 from openlm_lite.errors import InputError
+from openlm_lite.redact import refuse_credentials
 
 # A piece is what a worker does between two chances to resume: seconds, and 10,000s of documents.
 _MIN_PIECE_BYTES = 1 << 20
@@ -141,6 +142,10 @@ def check_config(cfg: PrepareConfig) -> None:
     ):
         if value < least:
             raise InputError(f"{flag}: {value} is too small; allowed: >= {least}")
+    for name, value in vars(cfg).items():  # most of it will stand in dataset.json
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                refuse_credentials(text, "--" + name.replace("_", "-"))
     if not cfg.text_field:
         raise InputError("--text-field: empty; name the field that holds the text")
     for flag, value, allowed in (

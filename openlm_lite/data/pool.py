@@ -13,6 +13,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from openlm_lite import redact
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -52,6 +54,7 @@ def each_done(
 def _start(shared: tuple[Any, ...]) -> None:
     global _shared
     _shared = shared
+    redact.guard_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -205,7 +205,8 @@ def _fetch_small_files(place: Place) -> None:
             if os.path.exists(path):
                 os.unlink(path)
     for name, url in _remote_files(place):
-        if os.path.basename(name) in wanted and name.count("/") <= 1:
+        # a store's names may hold `..`: nothing but these three folders is written to
+        if os.path.basename(name) in wanted and os.path.dirname(name) in ("", "train", "val"):
             path = os.path.join(place.folder, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with storage.open_read(url) as file:

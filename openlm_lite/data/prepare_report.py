@@ -15,6 +15,7 @@ from openlm_lite.data.manifest import INFO_NAME, MANIFEST_NAME
 from openlm_lite.data.prepare_out import Place
 from openlm_lite.data.read import PassedOver, place_of
 from openlm_lite.data.spill import PieceReport
+from openlm_lite.redact import redacted
 
 _BAD_SHOWN = 10  # bad documents whose places are told
 
@@ -72,7 +73,7 @@ def facts_of(reports: Sequence[PieceReport], splits: Sequence[str]) -> dict[str,
         "n_empty_documents": dropped.get("empty", 0),
         "dropped": dropped,
         "bad_documents": [
-            {"place": place_of(b), "reason": b.reason, "message": b.message} for b in bad
+            {"place": place_of(b), "reason": b.reason, "message": redacted(b.message)} for b in bad
         ],
         "document_tokens": {
             split: {f"{1 << b}-{(2 << b) - 1}": n for b, n in sorted(bins.items()) if n}

@@ -31,6 +31,13 @@ _TEXT_NAMES = """
     lisp el sh bash sql cs f90 v vhd asm lean proto
 """
 TEXT = frozenset("." + name for name in _TEXT_NAMES.split())
+# A document is in memory as a whole, several times over; a few kilobytes of gzip or zstandard can
+# hold one of many gigabytes.
+MAX_DOCUMENT_BYTES = 256 << 20
+_TOO_LONG = (
+    f"longer than {MAX_DOCUMENT_BYTES >> 20} MiB, which no document is (a decompression bomb?); "
+    "leave it out or cut it into documents"
+)
 _UTF8_MARK = b"\xef\xbb\xbf"  # Windows editors put it at the start of a file
 
 
@@ -176,7 +183,10 @@ def _opened(path: str, format: Format) -> Iterator[BinaryIO]:
 
 def _read_text(path: str, stream: BinaryIO, on_bad: OnBad | None) -> Iterator[Document]:
     try:
-        text = _decode(stream.read().removeprefix(_UTF8_MARK), f"{path}: byte")
+        content = stream.read(MAX_DOCUMENT_BYTES + 1)
+        if len(content) > MAX_DOCUMENT_BYTES:
+            raise DocumentError(f"{path}: {_TOO_LONG}")
+        text = _decode(content.removeprefix(_UTF8_MARK), f"{path}: byte")
     except BadDocumentError as e:
         if on_bad is None:
             raise
@@ -192,12 +202,18 @@ def _read_lines(
     if start > 0:
         # the line that contains byte start - 1 began before this span and belongs to another
         stream.seek(start - 1)
-        position = start - 1 + len(stream.readline())
+        position = start - 1
+        while part := stream.readline(1 << 20):
+            position += len(part)
+            if part.endswith(b"\n"):
+                break
     line_number = 0
     while position < stop:
-        line = stream.readline()
+        line = stream.readline(MAX_DOCUMENT_BYTES + 1)
         if not line:
             return
+        if len(line) > MAX_DOCUMENT_BYTES:
+            raise DocumentError(f"{path}: the line at byte {position} is {_TOO_LONG}")
         line_number += 1
         content = line.removeprefix(_UTF8_MARK) if position == 0 else line
         if not content.isspace():
@@ -223,7 +239,10 @@ def _records(path: str, format: Format) -> Iterator[Any]:
         return
     try:
         with _opened(path, format) as stream:
-            for number, line in enumerate(stream, start=1):
+            lines = iter(lambda: stream.readline(MAX_DOCUMENT_BYTES + 1), b"")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > MAX_DOCUMENT_BYTES:
+                    raise DocumentError(f"{path}:{number}: {_TOO_LONG}")
                 if line.strip():
                     try:
                         yield _value_of(line.removeprefix(_UTF8_MARK))

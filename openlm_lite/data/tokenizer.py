@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,7 @@ EOT_NAMES = (
     "<｜end▁of▁sentence｜>",
 )
 MIN_VOCAB_SIZE = 258  # every byte, the end of text, and one merge
+MAX_VOCAB_SIZE = 1 << 24  # 16M: far above any; a file with one id of 2**30 fills the memory
 MIN_PAIR_COUNT = 2  # a pair seen once says nothing about the next text
 
 
@@ -169,7 +171,8 @@ class JsonCoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         batch = [_valid(text) for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        with _errors_told("it cannot encode this text"):
+            encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -198,6 +201,27 @@ class JsonCoder:
 
     def to_json(self) -> str:
         return self._tokenizer.to_str()
+
+
+@contextmanager
+def _errors_told(what: str) -> Iterator[None]:
+    """InputError for what `tokenizers` raises: bare Exceptions, and panics of Rust."""
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise  # Ctrl-C
+        raise InputError(f"not a usable tokenizer.json: {what}: {e}") from None
+
+
+def _check_ids(document: Any) -> None:
+    """Raises ValueError for ids that no vocabulary has: `tokenizers` counts up to the highest."""
+    vocab = document["model"].get("vocab")
+    ids = [*vocab.values()] if isinstance(vocab, dict) else []
+    ids += [token["id"] for token in document.get("added_tokens") or []]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < MAX_VOCAB_SIZE:
+            raise ValueError(f"the id {i!r}; allowed are 0 to {MAX_VOCAB_SIZE - 1}")
 
 
 def _valid(text: str) -> str:
@@ -264,10 +288,15 @@ def _tokenizer(name: str, coder: Coder, eot: str | None) -> Tokenizer:
 
 def _from_json(name: str, content: str, eot: str | None) -> Tokenizer:
     try:
-        bpe = from_tokenizer_json(json.loads(content))
-        coder = JsonCoder(content) if bpe is None else TiktokenCoder(bpe)
-    except Exception as e:  # tokenizers raises bare Exception for a file that it cannot read
-        raise InputError(f"tokenizer {name}: not a readable tokenizer.json: {e}") from e
+        document = json.loads(content)
+        _check_ids(document)
+        bpe = from_tokenizer_json(document)
+        with _errors_told("it cannot be read"):
+            coder = JsonCoder(content) if bpe is None else TiktokenCoder(bpe)
+    except InputError as e:
+        raise InputError(f"tokenizer {name}: {e}") from None
+    except Exception as e:  # a damaged or hostile document makes nearly anything happen
+        raise InputError(f"tokenizer {name}: not a readable tokenizer.json: {e!r}") from e
     return _tokenizer(name, coder, eot)
 
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from openlm_lite.errors import InputError
@@ -71,7 +70,9 @@ def load_hf(
     require_transformers()
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if _model_type(folder) == "openlm":
+    stated = _config_of(folder)
+    _refuse_kernels(folder, stated)
+    if stated.get("model_type") == "openlm":
         import openlm_lite.hf as registered
 
         registered.OpenLMForCausalLM  # noqa: B018  (the first use registers it)
@@ -85,8 +86,12 @@ def load_hf(
                 made = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
             tensors = {name: _Unread(weights, name) for name in weights}
             return made.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors).eval()
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
-        raise InputError(f"{folder}: transformers cannot load this folder: {e}") from e
+    except InputError:
+        raise
+    except Exception as e:  # a config.json can make it raise anything
+        # torch's advice to unpickle without limits is not for strangers' files
+        reason = str(e).partition("In PyTorch 2.6")[0]
+        raise InputError(f"{folder}: transformers cannot load this folder: {reason}") from e
 
 
 class _Unread:
@@ -119,12 +124,32 @@ def _quiet_and_in_order() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _model_type(folder: str) -> str | None:
+def _config_of(folder: str) -> dict[str, Any]:
+    """config.json; nothing where it cannot be read, which transformers will say."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            return json.load(f).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
+            config = json.load(f)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+_PLAIN_ATTENTION = (None, "eager", "sdpa")
+
+
+def _refuse_kernels(place: str, config: Any) -> None:
+    """Raises InputError for an attention that is code from the hub.
+
+    `attn_implementation: someone/kernel` in a config.json makes transformers fetch and run it
+    (with the package `kernels`), whatever trust_remote_code says; `flash_attention_2` may, too.
+    """
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if "attn_implementation" in key and value not in _PLAIN_ATTENTION:
+            raise InputError(
+                f"{place}: {key} = {value!r} in its config.json may fetch code and run it; allowed "
+                "are eager and sdpa: remove the key"
+            )
+        _refuse_kernels(place, value)
 
 
 def require_transformers() -> None:
