@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -30,7 +31,8 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from openlm_lite import dist
+from openlm_lite import dist, storage
+from openlm_lite.checkpoint_place import LocalPlace, Place, place_of
 from openlm_lite.commit import (
     COMMIT_NAME,
     TEMPORARY,
@@ -38,13 +40,9 @@ from openlm_lite.commit import (
     DamagedError,
     TrainState,
     check_contents,
-    check_sizes,
     crc32_of_file,
-    encode_commit,
-    quarantine,
     read_checked,
     read_commit,
-    remove_leftovers,
     step_folder_name,
     step_folders,
     step_of_folder,
@@ -65,7 +63,6 @@ from openlm_lite.safe_dcp import (
     read_tensors,
     write_tensors,
 )
-from openlm_lite.storage import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +81,7 @@ class CheckpointError(RunError):
 class CheckpointConfig:
     """How often to save and what to keep."""
 
+    dir: str | None = None  # folder or URL (s3://, gs://); None: run.dir/checkpoints
     every_steps: int = 1000  # optimizer steps between saves
     keep_last: int = 3  # newest checkpoints to keep (the newest two are always kept)
     keep_every: int = 0  # also keep every step divisible by this; 0 = none
@@ -102,7 +100,7 @@ class CheckpointConfig:
 
 
 def save_checkpoint(
-    root: str,
+    root: str | Place,
     model: nn.Module,
     optimizer: Optimizers,
     state: TrainState,
@@ -128,7 +126,7 @@ def tensors_of(model: nn.Module, optimizer: Optimizers) -> dict[str, torch.Tenso
 
 
 def write_checkpoint(
-    root: str,
+    root: str | Place,
     tensors: Mapping[str, torch.Tensor],
     state: TrainState,
     *,
@@ -138,58 +136,62 @@ def write_checkpoint(
     group: Group = None,
 ) -> str:
     """What `save_checkpoint` does, of tensors that may be copies; collective over `group`."""
-    check_local_path(root)
+    place = as_place(root)
     check_document_names(documents)
-    final = os.path.join(root, step_folder_name(state.step))
-    temporary = os.path.join(root, TEMPORARY + step_folder_name(state.step))
+    path = place.path_of(state.step)
+    temporary = os.path.join(place.staging, TEMPORARY + step_folder_name(state.step))
     texts = {**documents, STATE_NAME: state.to_json()}
-    if not _on_main(lambda: _prepare(root, final, temporary, state, tensors), group):
-        return final
+    _on_all_ranks(place.prepare, group)
+    if not _on_main(lambda: _prepare(place, path, temporary, state, tensors), group):
+        return path
     try:
         files = stage_and_write(
             temporary, lambda folder: write_tensors(folder, tensors, group), texts, group
         )
+        own = data_files_of(temporary, dist.rank()) + (list(texts) if dist.rank() == 0 else [])
+        _on_all_ranks(lambda: place.share(temporary, own, path), group)
         commit = Commit(temporary, state, dist.world_size(), facts, files)
-        _on_main(lambda: commit_folder(commit, final), group)
-    except BaseException:
-        if dist.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _on_main(lambda: _delete_old(root, cfg), group)  # nobody leaves while it lasts
-    return final
+        _on_main(lambda: place.commit(commit, path), group)
+    finally:
+        place.discard(temporary)
+    _on_main(lambda: _delete_old(place, cfg), group)  # nobody leaves while it lasts
+    return path
+
+
+def as_place(root: str | Place) -> Place:
+    return place_of(root) if isinstance(root, str) else root
 
 
 def _prepare(
-    root: str, final: str, temporary: str, state: TrainState, tensors: Mapping[str, torch.Tensor]
+    place: Place, path: str, temporary: str, state: TrainState, tensors: Mapping[str, torch.Tensor]
 ) -> bool:
     """Make the temporary folder (rank 0); False if this step is committed already."""
-    os.makedirs(root, exist_ok=True)
-    remove_leftovers(root)
-    if os.path.exists(final):
+    if place.is_committed(path):
         try:
-            commit = read_commit(final)
-            check_sizes(commit)
+            commit = place.commit_of(path)
+            place.check_sizes(commit)
         except DamagedError as problem:
-            quarantine(final, problem)
+            place.put_aside(path, problem)
         else:
             if commit.state != state:
                 raise CheckpointError(
-                    f"{final} is there already with another state ({commit.state} instead of "
+                    f"{path} is there already with another state ({commit.state} instead of "
                     f"{state}); use another run folder, or move that checkpoint away"
                 )
             return False
+    place.make_room(path)
     remedy = "free some space, lower checkpoint.keep_last, or move the run to another disk"
-    check_free_space(root, _expected_bytes(root, tensors), remedy)
+    check_free_space(place.staging, _expected_bytes(place, tensors), remedy)
     os.mkdir(temporary)
     return True
 
 
-def _expected_bytes(root: str, tensors: Mapping[str, torch.Tensor]) -> int:
+def _expected_bytes(place: Place, tensors: Mapping[str, torch.Tensor]) -> int:
     """The size of this checkpoint, or of the last one where that was larger."""
     last_bytes = 0
-    for path in step_folders(root)[:1]:
+    for path in place.steps()[:1]:
         try:
-            last_bytes = read_commit(path).n_bytes
+            last_bytes = place.commit_of(path).n_bytes
         except DamagedError:
             continue
     new_bytes = sum(t.numel() * t.element_size() for t in tensors.values())  # over all ranks
@@ -232,70 +234,63 @@ def stage_and_write(
     return {name: entry for share in shares for name, entry in share.items()}
 
 
-def commit_folder(written: Commit, final: str) -> None:
-    """Make the folder `written.path` a checkpoint by renaming it to `final` (rank 0)."""
-    try:
-        check_sizes(written)
-    except DamagedError as problem:
-        raise CheckpointError(
-            f"{written.path}: {problem}, as rank 0 sees it; the run folder must lie on storage "
-            "that all ranks share"
-        ) from None
-    write_synced(os.path.join(written.path, COMMIT_NAME), encode_commit(written))
-    sync_folder(written.path)
-    os.rename(written.path, final)
-    sync_folder(os.path.dirname(final))
-
-
-def _delete_old(root: str, cfg: CheckpointConfig) -> None:
+def _delete_old(place: Place, cfg: CheckpointConfig) -> None:
     """Apply keep_last and keep_every to what looks whole (rank 0); a failure only warns."""
-    whole = []
-    for path in step_folders(root):
-        try:
-            commit = read_commit(path)
-            check_sizes(commit)
-        except (DamagedError, InputError):
-            continue  # neither counted nor deleted: somebody may want to look at it
-        whole.append(commit)
+    try:
+        whole = _whole_checkpoints(place)
+    except RunError as error:  # an outage of the store; what was saved is committed
+        log.warning("old checkpoints were not looked for: %s", error)
+        return
     for commit in whole[max(cfg.keep_last, _PROTECTED_NEWEST) :]:
         if cfg.keep_every and commit.step % cfg.keep_every == 0:
             continue
-        doomed = os.path.join(root, TEMPORARY + "old-" + os.path.basename(commit.path))
         try:
-            os.rename(commit.path, doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:
+            place.delete(commit.path)
+        except (OSError, InputError, RunError) as error:
             log.warning("could not delete the old checkpoint %s: %s", commit.path, error)
+
+
+def _whole_checkpoints(place: Place) -> list[Commit]:
+    """Newest first. Others are neither counted nor deleted: somebody may want to look at them."""
+    whole = []
+    for path in place.steps():
+        try:
+            commit = place.commit_of(path)
+            place.check_sizes(commit)
+        except (DamagedError, InputError):
+            continue
+        whole.append(commit)
+    return whole
 
 
 # --------------------------------------------------------------------------------------------
 # Finding
 
 
-def latest_checkpoint(root: str) -> Commit | None:
+def latest_checkpoint(root: str | Place) -> Commit | None:
     """The newest checkpoint in `root` that verifies, or None; collective.
 
     The ranks share the reading for the checksums. A damaged checkpoint is renamed to bad-step_…
     with a warning, and the one before is tried. Raises InputError for one of a newer version.
     """
-    check_local_path(root)
-    _on_main(lambda: remove_leftovers(root))
-    while path := _on_main(lambda: next(iter(step_folders(root)), None)):
-        found = _verify_together(path)
+    place = as_place(root)
+    _on_all_ranks(place.prepare)
+    _on_main(place.start)
+    while path := _on_main(lambda: next(iter(place.steps()), None)):
+        found = _verify_together(place, path)
         if isinstance(found, Commit):
             return found
-        _on_main(lambda path=path, problem=found: quarantine(path, problem))
+        _on_main(lambda path=path, problem=found: place.put_aside(path, problem))
     return None
 
 
-def _verify_together(path: str) -> Commit | str:
-    """The commit of the checkpoint `path`, or what is wrong with it; collective."""
+def _verify_together(place: Place, path: str) -> Commit | str:
+    """The commit of the checkpoint `path`, in a local folder, or what is wrong; collective."""
+    token = _on_main(lambda: uuid.uuid4().hex)  # of this very reading
 
     def verify_own_share() -> str | None:
         try:
-            commits.append(read_commit(path))
-            names = sorted(commits[0].files)[dist.rank() :: dist.world_size()]
-            check_contents(commits[0], names)
+            commits.append(place.bring(path, dist.rank(), dist.world_size(), token))
         except DamagedError as problem:
             return str(problem)
         return None
@@ -308,8 +303,11 @@ def _verify_together(path: str) -> Commit | str:
 def resolve_checkpoint(path: str) -> str:
     """The step folder that `path` means: itself, or the newest good one in a run's folder.
 
-    Changes nothing on the disk. Raises InputError that says what was found and what is allowed.
+    Changes nothing there. Of a URL, the checkpoint is copied to this machine (~/.cache/openlm_lite)
+    and the copy returned. Raises InputError that says what was found and what is allowed.
     """
+    if storage.is_remote(path):
+        return _resolve_url(path)
     check_local_path(path)
     path = path.rstrip("/") or "/"
     allowed = "give a run folder, its checkpoints folder, or one step_… folder with a COMMIT.json"
@@ -337,6 +335,25 @@ def resolve_checkpoint(path: str) -> str:
     raise InputError(f"{root}: no step_… folder in it (found: {names}); {allowed}")
 
 
+def _resolve_url(url: str) -> str:
+    """A verified copy, on this machine, of the checkpoint that `url` means."""
+    root, _, name = url.rstrip("/").rpartition("/")
+    is_step = step_of_folder(name) is not None
+    place = place_of(root if is_step else url)
+    paths = [place.path_of(int(name.removeprefix("step_")))] if is_step else place.steps()
+    problems = []
+    for path in paths:
+        try:
+            return place.bring(path, 0, 1, None).path
+        except DamagedError as problem:
+            problems.append(f"{path}: {problem}")
+            log.warning("%s: %s", path, problem)
+    raise InputError(
+        f"{url}: no whole checkpoint ({'; '.join(problems) or 'nothing is there'}); give "
+        "checkpoint.dir of a run, or one step_… folder with a COMMIT.json in it"
+    )
+
+
 # --------------------------------------------------------------------------------------------
 # Loading
 
@@ -352,7 +369,7 @@ def load_checkpoint(
     """
     if isinstance(checkpoint, str):
         check_local_path(checkpoint)
-        found = _verify_together(checkpoint)
+        found = _verify_together(LocalPlace(os.path.dirname(checkpoint)), checkpoint)
         if isinstance(found, str):
             raise InputError(f"{checkpoint}: {found}; use another checkpoint")
         commit = found

@@ -7,7 +7,6 @@ process group exists after `init()`, so that the code above has one path.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from openlm_lite.errors import InputError, RelayedError
+from openlm_lite.errors import InputError, RelayedError, RunError
 
 T = TypeVar("T")
 
@@ -166,7 +165,7 @@ def on_all_ranks(
         cause = e
     described = None
     if cause is not None:
-        ours = isinstance(cause, InputError | error)
+        ours = isinstance(cause, InputError | RunError | error)
         text = str(cause) if ours else f"{type(cause).__name__}: {cause}"
         described = (isinstance(cause, InputError), text)
     gathered = all_gather((described, result), group)
@@ -179,30 +178,3 @@ def on_all_ranks(
     first, is_input, _ = failures[0]
     message = f"rank {first} failed: {'; '.join(texts)}"
     raise (RelayedError if is_input else error)(message) from cause
-
-
-class StopRequest:
-    """Remembers that somebody asked this process to stop (SIGTERM, SIGUSR1, Ctrl-C).
-
-    The loop asks at each step boundary, agrees with the other ranks, saves and exits with 75.
-    A second Ctrl-C ends the process at once; what is saved by then stays whole.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT and not self.requested:
-            # not through the logger: a signal may come while it holds its lock
-            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once, unsaved\n")
-        self.requested = True
-
-    def release(self) -> None:
-        """Give the signals back to whom they belonged."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

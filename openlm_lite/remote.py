@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import tempfile
 import threading
 from typing import Any, BinaryIO
@@ -22,7 +21,8 @@ from urllib.parse import urlsplit
 
 from openlm_lite import retries
 from openlm_lite.errors import InputError
-from openlm_lite.retries import MissingError, RemoteError, ShortError, redacted, retried
+from openlm_lite.redact import refuse_credentials
+from openlm_lite.retries import MissingError, ShortError, retried
 
 # scheme -> (the package that fsspec needs for it, the extra of this project that installs it)
 SCHEMES = {
@@ -35,6 +35,7 @@ SCHEMES = {
 # A file up to this size is read whole: a store vouches for whole objects only, not for ranges.
 _WHOLE_BYTES = 32 << 20
 _RANGE_BYTES = 8 << 20
+_UPLOAD_PARTS = 4  # of 50 MiB, of one big file, on the way (and in memory) at a time
 # (process, scheme, store_checks, retry) -> filesystem
 _filesystems: dict[tuple[int, str, bool, retries.Retry], Any] = {}
 
@@ -132,32 +133,54 @@ def download(url: str, local: str, n_bytes: int | None, *, store_checks: bool = 
 
 
 def put_file(local: str, url: str) -> None:
-    """Copy the local file to `url`, where it appears whole or not at all."""
-    if scheme_of(url) in ("http", "https"):
+    """Copy the local file to `url`, where it appears whole or not at all.
+
+    The checksum goes along with the bytes, and the store refuses what does not fit (S3 by crc32,
+    Google by md5); the length that the store has is compared afterwards.
+    Raises RefusedError, RemoteError, DamagedError; OSError of the local disk as it is.
+    """
+    scheme = scheme_of(url)
+    if scheme in ("http", "https"):
         raise InputError(
             f"{url}: a web server cannot be written to; allowed are s3://, gs://, hf://"
         )
     size = os.path.getsize(local)
-    fs = _filesystem(scheme_of(url))
+    fs = _filesystem(scheme)
     seconds = retries.RETRY.attempt_seconds + size / retries.RETRY.slowest_bytes_per_second
-    retried(url, "writing", lambda: _call(fs, "put_file", local, url, seconds=seconds))
-    found = size_of(url)
-    if found != size:
-        raise RemoteError(f"{url}: {size} bytes were written, but the store has {found}; try again")
+    options = {"s3": {"max_concurrency": _UPLOAD_PARTS}, "gs": {"consistency": "md5"}}
+
+    def attempt() -> None:
+        _call(fs, "put_file", local, url, seconds=seconds, **options.get(scheme, {}))
+        fs.invalidate_cache()
+        try:
+            found = _call(fs, "info", url, seconds=retries.RETRY.attempt_seconds).get("size")
+        except FileNotFoundError:
+            found = "nothing"
+        if found != size:
+            raise ShortError(f"{size} bytes were written, but the store has {found}")
+
+    retried(url, "writing", attempt)
+
+
+def perform(url: str, doing: str, method: str, *args: Any, **options: Any) -> Any:
+    """The result of fsspec's `method` for the store of `url`, small and repeatable, with retries.
+
+    `doing` is for the messages: "writing". No cached listing is looked at.
+    Raises MissingError, ExistsError, RefusedError, RemoteError.
+    """
+    fs = _filesystem(scheme_of(url))
+
+    def attempt() -> Any:
+        fs.invalidate_cache()  # what others wrote since counts
+        return _call(fs, method, *args, seconds=retries.RETRY.attempt_seconds, **options)
+
+    return retried(url, doing, attempt)
 
 
 def scheme_of(url: str) -> str:
     """The scheme, in small letters. Raises InputError for a URL with credentials in it."""
-    parts = urlsplit(url)
-    query = re.search(
-        r"(?i)(signature|credential|token|secret|password|key|sig)[^=&]*=", parts.query
-    )
-    if "@" in parts.netloc or query:
-        raise InputError(
-            f"{redacted(url)}: a URL with credentials in it is refused: URLs end up in logs and "
-            "configs; put them where the library looks (~/.netrc, ~/.aws, gcloud, `hf auth login`)"
-        )
-    return parts.scheme.lower()
+    refuse_credentials(url)
+    return urlsplit(url).scheme.lower()
 
 
 # --- one operation -------------------------------------------------------------------------------
@@ -169,13 +192,7 @@ def _info(url: str) -> dict[str, Any]:
 
 def _operate(url: str, method: str, *args: Any, **options: Any) -> Any:
     """One call that only looks, with retries."""
-    fs = _filesystem(scheme_of(url))
-
-    def attempt() -> Any:
-        fs.invalidate_cache()  # what others wrote since counts
-        return _call(fs, method, *args, seconds=retries.RETRY.attempt_seconds, **options)
-
-    return retried(url, "looking at", attempt)
+    return perform(url, "looking at", method, *args, **options)
 
 
 def _stripped(url: str) -> str:

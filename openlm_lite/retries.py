@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from openlm_lite.errors import InputError, RunError
+from openlm_lite.redact import redacted
 
 Result = TypeVar("Result")
 
@@ -38,6 +39,7 @@ class Retry:
     idle_seconds: float = 30.0  # without a byte: the attempt is given up
     attempt_seconds: float = 60.0  # for an attempt in all, plus the time its bytes take:
     slowest_bytes_per_second: float = 1 << 20
+    alarm_seconds: float = 30.0  # of failures in a row: said once, louder than each of them
 
 
 RETRY = Retry()
@@ -49,6 +51,10 @@ class RemoteError(RunError):
 
 class MissingError(InputError, FileNotFoundError):
     """There is no such file in the store."""
+
+
+class ExistsError(InputError, FileExistsError):
+    """There is such a file in the store already, and it was not to be overwritten."""
 
 
 class RefusedError(InputError):
@@ -68,6 +74,7 @@ def retried(url: str, doing: str, attempt: Callable[[], Result]) -> Result:
     retry = RETRY
     started = time.monotonic()
     mismatches = 0
+    alarmed = False
     for number in itertools.count(1):
         try:
             return attempt()
@@ -87,6 +94,13 @@ def retried(url: str, doing: str, attempt: Callable[[], Result]) -> Result:
             longest = min(retry.longest_wait, retry.first_wait * 2 ** min(number - 1, 30))
             wait = longest * random.uniform(0.5, 1.0)  # so that a thousand ranks spread out
             spent = time.monotonic() - started
+            if spent > retry.alarm_seconds and not alarmed:
+                alarmed = True
+                logger.error(
+                    "%s %s: has failed for %.0f s, %d attempts, the last with %s; it is tried for "
+                    "%.0f s in all",
+                    doing, url, spent, number, told, retry.total_seconds,
+                )  # fmt: skip
             if spent + wait > retry.total_seconds:
                 raise RemoteError(
                     f"{url}: given up after {number} attempts in {spent:.0f} s, the last failed "
@@ -111,6 +125,8 @@ def _hopeless(url: str, error: Exception) -> Exception | None:
         return None
     if words & _NO_CREDENTIALS:
         return RefusedError(f"{url}: {_told(error)}; {_CREDENTIALS[scheme]}")
+    if status == 412 or (status is None and isinstance(error, FileExistsError)):
+        return ExistsError(f"{url}: is there already, and is not overwritten")
     if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError)):
         bucket = "bucket" if "NoSuchBucket" in words else "file or folder"
         return MissingError(f"{url}: no such {bucket}; check the spelling, and list the folder")
@@ -118,6 +134,8 @@ def _hopeless(url: str, error: Exception) -> Exception | None:
         return RefusedError(
             f"{url}: not allowed ({_told(error)}), or not there; {_CREDENTIALS[scheme]}"
         )
+    if status == 501:
+        return RefusedError(f"{url}: this store cannot do that ({_told(error)}); use another store")
     if status in (408, 425, 429) or (status is not None and status >= 500):
         return None
     if status is not None:
@@ -145,6 +163,7 @@ _MISMATCHES = {"FlexibleChecksumError", "ShortError"}
 _TRANSIENT_WORDS = {
     "SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted",
     "FlexibleChecksumError", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
+    "ConditionalRequestConflict",
 }  # fmt: skip
 _NO_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "LocalTokenNotFoundError",
@@ -169,9 +188,9 @@ _LIBRARIES = {
     "httpx2", "huggingface_hub", "requests", "ssl", "urllib3",
 }  # fmt: skip
 _CREDENTIALS = {
-    "s3": "give credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID …, ~/.aws) that may read it; for a "
-    "public bucket set FSSPEC_S3_ANON=true",
-    "gs": "give credentials (`gcloud auth application-default login`) that may read it",
+    "s3": "give credentials (AWS_PROFILE, AWS_ACCESS_KEY_ID …, ~/.aws) that may do this; to "
+    "read a public bucket set FSSPEC_S3_ANON=true",
+    "gs": "give credentials (`gcloud auth application-default login`) that may do this",
     "hf": "log in (`hf auth login`), and accept the terms of the repository where it has some",
     "http": "give the login of this server in ~/.netrc",
     "https": "give the login of this server in ~/.netrc",
@@ -217,13 +236,3 @@ def _told(error: BaseException) -> str:
     words = re.sub(r"^\[Errno \d+\] ", "", words)
     code = next((c for c in map(_code, _chain(error)) if c), "") or type(error).__name__
     return redacted(f"{code}: {words}")[:300]
-
-
-def redacted(text: str) -> str:
-    """`text` without what looks like a credential in a URL."""
-    text = re.sub(r"//[^/@\s'\"]+@", "//…@", text)
-    return re.sub(
-        r"(?i)([\w\-]*(?:signature|credential|token|secret|password|key|sig)[\w\-]*=)[^&\s'\"]+",
-        r"\1…",
-        text,
-    )

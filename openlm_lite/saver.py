@@ -31,6 +31,7 @@ from openlm_lite.checkpoint import (
     tensors_of,
     write_checkpoint,
 )
+from openlm_lite.checkpoint_place import Place
 from openlm_lite.safe_dcp import Optimizers
 
 
@@ -48,7 +49,7 @@ class Saved:
 class Saver:
     """The checkpoints of a run; all ranks call every method at the same step."""
 
-    def __init__(self, root: str, cfg: CheckpointConfig) -> None:
+    def __init__(self, root: str | Place, cfg: CheckpointConfig) -> None:
         """Collective: makes the process group in which the saving threads meet."""
         self._root, self._cfg = root, cfg
         self._group = dist.background_group()

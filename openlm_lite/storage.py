@@ -22,11 +22,13 @@ from typing import Any, BinaryIO
 
 from openlm_lite import remote
 from openlm_lite.errors import InputError
-from openlm_lite.retries import redacted
+from openlm_lite.redact import redacted
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 # Names that come from files which others wrote (a manifest): nothing else may reach a path.
-_SAFE_NAME = re.compile(r"^[A-Za-z0-9._/\-]+$")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9._/\-]+")
+
+_LONGEST_NAME = 200  # file systems take 255, and something is put around names
 
 
 def is_remote(path: str) -> bool:
@@ -72,10 +74,12 @@ def safe_join(folder: str, name: str) -> str:
 
     Raises InputError for every other name.
     """
-    if not _SAFE_NAME.match(name) or name.startswith("/") or ".." in name.split("/"):
+    parts = name.split("/")
+    is_long = max(map(len, parts)) > _LONGEST_NAME
+    if not _SAFE_NAME.fullmatch(name) or name.startswith("/") or ".." in parts or is_long:
         raise InputError(
-            f"{folder}: the name {name!r} is refused; allowed are relative names "
-            "of A-Z a-z 0-9 . _ - and / without '..'"
+            f"{folder}: the name {name[:300]!r} is refused; allowed are relative names of "
+            f"A-Z a-z 0-9 . _ - and / without '..', of up to {_LONGEST_NAME} characters"
         )
     return os.path.join(folder, name)  # of a URL too
 

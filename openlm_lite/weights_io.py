@@ -24,11 +24,11 @@ from openlm_lite.checkpoint import (
     check_document_names,
     check_free_space,
     check_local_path,
-    commit_folder,
     metadata_of,
     stage_and_write,
     verified_commit,
 )
+from openlm_lite.checkpoint_place import LocalPlace
 from openlm_lite.commit import TEMPORARY, Commit, TrainState, encode_commit, step_of_folder
 from openlm_lite.errors import InputError
 from openlm_lite.safe_dcp import TransferError, read_tensors, write_tensors_lazily
@@ -85,7 +85,7 @@ def save_weights(
         dist.on_main(prepare, CheckpointError)
         files = stage_and_write(temporary, write, {**documents, STATE_NAME: state.to_json()})
         commit = Commit(temporary, state, 1, facts, files)
-        dist.on_main(lambda: commit_folder(commit, final), CheckpointError)
+        dist.on_main(lambda: LocalPlace(root).commit(commit, final), CheckpointError)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in missing:

@@ -36,6 +36,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from openlm_lite import dist as our_dist
+from openlm_lite import remote
 from openlm_lite.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -127,6 +128,7 @@ def _hook_events(event: Events) -> None:
         setattr(owner, name, counted)
 
     around(dcp_filesystem, "_write_item")
+    around(remote, "_call")  # a request to a store
     for name in ("mkdir", "fsync", "rename", "unlink", "rmdir"):
         around(os, name)
 
@@ -179,7 +181,7 @@ def weights(case: dict[str, Any], rank: int, event: Events) -> dict[str, Any]:
     found = latest_checkpoint(case["folder"])
     assert found is not None
     state = load_checkpoint(found, model, optimizer)
-    return {"fingerprint": fingerprint(model, optimizer), "state": vars(state)}
+    return {"fingerprint": fingerprint(model, optimizer), "state": state.to_plain()}
 
 
 def load_into_other(case: dict[str, Any], rank: int, event: Events) -> dict[str, Any]:

@@ -330,8 +330,8 @@ def test_too_little_space_for_the_first_checkpoint_is_said(
 def test_urls_and_bad_document_names_are_refused(tmp_path: Path, trained: Trained) -> None:
     model, optimizer = trained
     rest: Any = {"facts": {}, "cfg": CheckpointConfig()}
-    with pytest.raises(InputError, match="not at a URL"):
-        save_checkpoint("s3://b/c", model, optimizer, TrainState(1, 1, 1), documents={}, **rest)
+    with pytest.raises(InputError, match="checkpoints cannot be kept at such a URL"):
+        save_checkpoint("hf://b/c", model, optimizer, TrainState(1, 1, 1), documents={}, **rest)
     for name in ("../x", "COMMIT.json", "state.json", ".metadata", "__0_0.distcp", ""):
         with pytest.raises(ValueError, match="document name"):
             save_checkpoint(
@@ -456,7 +456,7 @@ def test_other_paths_say_what_was_found_and_what_is_allowed(tmp_path: Path) -> N
         "empty": r"no step_… folder in it \(found: nothing\)",
         "run": r"checkpoints: no step_… folder in it \(found: nothing\)",
         "other": r"\(found: things\)",
-        "s3://x": "URL",
+        "s3://x": "is no folder in a bucket",
     }.items():
         path = name if "://" in name else str(tmp_path / name)
         with pytest.raises(InputError, match=message):

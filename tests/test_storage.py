@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import http.server
 import logging
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -166,8 +167,14 @@ def test_an_outage_of_ten_minutes_is_survived_and_each_attempt_is_logged(
     with caplog.at_level(logging.WARNING, "openlm_lite"):
         assert retries.retried("s3://b/x", "reading", attempt) == "done"
     assert 600 <= clock[0] < 630
-    told = [line for line in caplog.messages if "s3://b/x" in line]
+    told = [line for line in caplog.messages if "reading s3://b/x: attempt" in line]
     assert len(told) == calls - 1
+    (alarm,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert re.match(
+        r"reading s3://b/x: has failed for \d\d s, \d+ attempts, the last with .*on purpose; it is "
+        r"tried for 900 s in all",
+        alarm.getMessage(),
+    )
     assert "reading s3://b/x: attempt 1 failed (ConnectionResetError: on purpose)" in caplog.text
 
     clock[0] = -1e6  # an outage without end
