@@ -28,7 +28,7 @@ from openlm_lite.data.stream import Batch
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.optim.build import OptimConfig, build_optimizer, clip_gradients
 from openlm_lite.parallel import ParallelConfig, build_sharded_model
-from openlm_lite.train import forward_backward
+from openlm_lite.train import agree_on, forward_backward
 
 MICRO_BATCH, SEQ_LEN = 4, 512
 SHAPE = {"d_model": 384, "n_layers": 8, "n_heads": 6, "d_ff": 1024}
@@ -46,7 +46,7 @@ def ours(vocab: int, rows: torch.Tensor, world: dist.World, compiled: bool) -> S
     batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None, 0)
 
     def step() -> None:
-        forward_backward(model, batch, 1, 0.0, world, False)
+        forward_backward(model, batch, 1, 0.0, world, agree_on(batch, world, False).n_targets)
         clip_gradients(model, optim.grad_clip).item()
         optimizer.step()
         optimizer.zero_grad()

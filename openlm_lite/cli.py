@@ -1,8 +1,9 @@
 """`openlm VERB …`: every verb parses its words and calls one function.
 
 Modules are imported inside the verbs, so that `openlm` itself starts at once.
-Exit codes: 0 done; 1 a run failed; 2 bad input; 75 stopped on request with a checkpoint saved
-(torchrun itself answers 1 to every one but 0).
+Exit codes: 0 done; 1 a run failed; 2 bad input; 75 stopped on request with a checkpoint saved;
+76 ended by its watchdog; 77 the launcher died; 130 Ctrl-C twice (torchrun itself answers 1 to every
+one but 0).
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from openlm_lite import cli_data
+from openlm_lite import cli_data, redact
 from openlm_lite.cli_data import print_result
 from openlm_lite.errors import InputError, RelayedError, RunError
 
@@ -29,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         parser.print_help()
         return 0
-    args = parser.parse_args(words)
+    os.umask(os.umask(0o022) | 0o002)  # nothing that we write is anybody's to change
+    with redact.guarded_output():
+        return _run(parser.parse_args(words))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return args.run(args)
     except InputError as e:
@@ -38,12 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as e:
         _report(e)
         return FAILED
+    except KeyboardInterrupt:
+        from openlm_lite.stop import INTERRUPTED
+
+        return INTERRUPTED
     except BrokenPipeError:  # `openlm … | head`
         sys.stderr.close()
         return 0
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as e:
         _report(InputError(f"{e.filename}: {e.strerror}"))
         return BAD_INPUT
+    except Exception:  # here and not by the interpreter: standard error is still guarded
+        traceback.print_exc()
+        return FAILED
 
 
 def _report(error: Exception) -> None:
@@ -159,12 +173,15 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from openlm_lite import log
-    from openlm_lite.run import load_run
-    from openlm_lite.train import train
+    from openlm_lite.stop import StopRequest
 
-    log.setup_console()
-    return train(load_run(args.recipe, args.overrides), args.allow_change)
+    with StopRequest() as stop:  # first of all: what follows imports torch, for seconds
+        from openlm_lite import log
+        from openlm_lite.run import load_run
+        from openlm_lite.train import train
+
+        log.setup_console()
+        return train(load_run(args.recipe, args.overrides), args.allow_change, stop)
 
 
 def _plot(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ A folder `step_00001000` without a COMMIT.json that verifies is not a checkpoint
     {"crc32": 123,                    over the canonical text of everything below
      "format_version": 1,
      "step": 1000, "tokens": 65536000, "next_sample": 32000,
+     "guard": {},                     of `guard.Guard`; absent where it remembers nothing
      "world_size": 8,                 ranks that wrote it; any number may read it
      "facts": {"manifest_sha256": …}, what the run wants to compare before it goes on
      "files": {"__0_0.distcp": [size in bytes, crc32], …}}
@@ -21,7 +22,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from openlm_lite.errors import InputError
@@ -48,14 +49,22 @@ class TrainState:
     step: int  # optimizer steps done
     tokens: int  # tokens trained on
     next_sample: int  # global index of the next batch's first sample
+    guard: Mapping[str, Any] = field(default_factory=dict)  # of `guard.Guard.state`, which reads it
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in ("step", "tokens", "next_sample"):
+            value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise InputError(f"train state: {name} = {value!r}: must be an integer >= 0")
+        if type(self.guard) is not dict:
+            raise InputError(f"train state: guard = {self.guard!r}: must be a mapping")
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON values; without an empty `guard`, as in checkpoints from before there was one."""
+        return {name: value for name, value in vars(self).items() if name != "guard" or value}
 
     def to_json(self) -> str:
-        return json.dumps(vars(self), indent=2) + "\n"
+        return json.dumps(self.to_plain(), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, place: str = "state.json") -> TrainState:
@@ -111,7 +120,7 @@ def encode_commit(commit: Commit) -> str:
     """The text of COMMIT.json."""
     body = {
         "format_version": FORMAT_VERSION,
-        **vars(commit.state),
+        **commit.state.to_plain(),
         "world_size": commit.world_size,
         "facts": dict(commit.facts),
         "files": {name: list(entry) for name, entry in sorted(commit.files.items())},
@@ -151,7 +160,9 @@ def read_commit(path: str) -> Commit:
     try:
         commit = Commit(
             path=path,
-            state=TrainState(body["step"], body["tokens"], body["next_sample"]),
+            state=TrainState(
+                body["step"], body["tokens"], body["next_sample"], body.get("guard", {})
+            ),
             world_size=body["world_size"],
             facts=dict(body["facts"]),
             files={name: (int(size), int(crc)) for name, (size, crc) in body["files"].items()},

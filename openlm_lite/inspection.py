@@ -13,6 +13,7 @@ from openlm_lite.data.inspect import inspect_dataset, inspect_step
 from openlm_lite.data.manifest import MANIFEST_NAME
 from openlm_lite.data.sources import open_sources, open_stream
 from openlm_lite.errors import InputError
+from openlm_lite.guard import Guard, GuardConfig, Range, first_sample_of
 from openlm_lite.log import read_metrics
 
 
@@ -96,5 +97,22 @@ def _inspect_batch(folder: Path, step: int) -> dict[str, Any]:
     cfg = run.load_run(str(folder / "config.yaml"))
     datasets, _ = open_sources(cfg.data, cfg.model.vocab_size)
     stream = open_stream(cfg.data, datasets, cfg.steps * cfg.global_batch_tokens)
-    checksum, rows = inspect_step(stream, step, cfg.global_batch)
+    first = first_sample_of(step, cfg.global_batch, _left_out(folder))
+    checksum, rows = inspect_step(stream, first // cfg.global_batch, cfg.global_batch)
     return {"path": str(folder), "step": step, "data/checksum": checksum, "rows": rows}
+
+
+def _left_out(folder: Path) -> list[Range]:
+    """Samples that the run did not train on: by its newest checkpoint, and by its log since."""
+    found: list[Range] = []
+    for path in step_folders(str(folder / "checkpoints")):
+        try:
+            found += Guard(GuardConfig(), read_commit(path).state.guard, path).left_out
+        except DamagedError:
+            continue
+        break
+    if (folder / "metrics.jsonl").is_file():
+        for record in read_metrics(folder / "metrics.jsonl"):
+            if record.get("guard/event") in ("left out", "rewind"):
+                found.append((record["guard/first_sample"], record["guard/end_sample"]))
+    return found

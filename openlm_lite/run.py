@@ -14,12 +14,15 @@ from openlm_lite.config import ConfigError, Tree, Value
 from openlm_lite.data.sources import DataConfig
 from openlm_lite.errors import InputError
 from openlm_lite.eval.loss import EvalConfig
+from openlm_lite.guard import GuardConfig
 from openlm_lite.inherit import InitFrom
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.loss import LossConfig
 from openlm_lite.optim.build import OptimConfig
 from openlm_lite.optim.schedule import ScheduleConfig
 from openlm_lite.parallel import ParallelConfig
+from openlm_lite.telemetry import TelemetryConfig
+from openlm_lite.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class LogConfig:
+class LogConfig(TelemetryConfig):
     """How often the console gets a line; `metrics.jsonl` gets one for every step."""
 
     every_steps: int = 10
@@ -81,6 +84,8 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -289,6 +294,10 @@ MAY_CHANGE_ON_RESUME = (
     "data.cache_dir",
     "data.cache_gib",
     "parallel.",
+    "guard.on_nonfinite",  # these three decide where a run ends, not which model it would be
+    "guard.max_skips",
+    "guard.max_rewinds",
+    "watchdog.",
     "checkpoint.",
     "eval.",
     "log.",

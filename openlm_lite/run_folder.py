@@ -12,31 +12,48 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from openlm_lite import dist, log, run, storage
-from openlm_lite.commit import DamagedError, TrainState, read_commit, step_folders
+from openlm_lite import dist, log, object_store, run, storage, telemetry
+from openlm_lite.checkpoint_place import Place, place_of
+from openlm_lite.commit import DamagedError, TrainState
 from openlm_lite.data.sources import check_same_data
 from openlm_lite.data.stream import TokenStream
 from openlm_lite.errors import InputError
+from openlm_lite.remote_lock import RemoteLock, this_process
 from openlm_lite.run import RunConfig
 
 STOPPED_NAME = "stopped.json"
 """in the folder after a stop on request: the run is to be launched again"""
 
 
+def checkpoints_of(cfg: RunConfig, folder: Path) -> str:
+    """Where the run's checkpoints are kept, a path or a URL."""
+    return cfg.checkpoint.dir or str(folder / "checkpoints")
+
+
 @contextmanager
 def run_folder(
     cfg: RunConfig, folder: Path, stream: TokenStream, allow_change: Sequence[str] = ()
-) -> Iterator[dist.StopRequest]:
-    """The folder made, locked and described by rank 0; let go of, with the group, at the end."""
+) -> Iterator[Place]:
+    """The folder made, locked and described by rank 0; let go of, with the group, at the end.
+
+    Gives the place of the checkpoints, which is locked too where it is a URL.
+    """
+    root = checkpoints_of(cfg, folder)
     locks: list[IO[str]] = []
+    remote_locks: list[RemoteLock] = []
 
     def claim() -> None:
+        telemetry.check(cfg.log)
         check_folder(cfg, folder, stream, allow_change)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             locks.append(take_lock(folder))
         except OSError as e:
             raise InputError(f"run.dir: {folder} cannot be used: {e.strerror}") from None
+        if storage.is_remote(root):
+            lock = RemoteLock(object_store.check_url(root), this_process(str(folder)))
+            lock.take()
+            remote_locks.append(lock)
         # again: another run may have been quicker
         changes = check_folder(cfg, folder, stream, allow_change)
         (folder / STOPPED_NAME).unlink(missing_ok=True)
@@ -49,18 +66,16 @@ def run_folder(
         for change in changes:
             log.logger.warning("changed on resume: %s", change)
 
-    stop = None
     try:
         dist.on_main(claim)
-        stop = dist.StopRequest()
-        yield stop
+        yield place_of(root, str(folder / "checkpoints"), next(iter(remote_locks), None))
     except Exception as e:
         if locks:
             log.logger.error("ended by %s: %s", type(e).__name__, e)
         raise
     finally:
-        if stop is not None:
-            stop.release()
+        for lock in remote_locks:
+            lock.release()
         log.close_console()
         for lock in locks:
             lock.close()
@@ -94,9 +109,10 @@ def check_folder(
     if (folder / "config.yaml").is_file():
         if started:
             changes += run.check_same_run(cfg, folder, allow_change)
-        for path in step_folders(str(folder / "checkpoints"))[:1]:
+        place = place_of(checkpoints_of(cfg, folder), str(folder / "checkpoints"))
+        for path in place.steps()[:1]:
             with suppress(DamagedError):  # latest_checkpoint puts it aside, and tries an older one
-                changes += check_same_data(read_commit(path).facts, stream, allow_change)
+                changes += check_same_data(place.commit_of(path).facts, stream, allow_change)
     elif others := sorted(p.name for p in folder.iterdir() if not is_beginning(p.name)):
         raise InputError(
             f"run.dir: {folder} holds other things ({', '.join(others[:5])}) and no run; "

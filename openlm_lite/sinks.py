@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from openlm_lite import log, metrics
+from openlm_lite import config, log, metrics
 from openlm_lite.commit import TrainState
 from openlm_lite.data.stream import TokenStream
 from openlm_lite.dist import World
+from openlm_lite.guard import Verdict
 from openlm_lite.inherit import Record, describe
+from openlm_lite.redact import redacted_tree
 from openlm_lite.run import RunConfig
 from openlm_lite.saver import Saved
+from openlm_lite.telemetry import Telemetry
 
 
 def every(n: int, step: int) -> bool:
@@ -29,8 +32,6 @@ class Losses(NamedTuple):
     """the z-loss as it is added: with its coefficient"""
     by_source: dict[str, float]
     """ce of the rows of each source; empty where there is one"""
-    checksum: int
-    """of the rows that were read (`data.stream.checksum_of`)"""
 
 
 class Clock:
@@ -53,17 +54,34 @@ class Clock:
 class Sinks:
     """Where rank 0 reports to: console, log.txt and metrics.jsonl. Silent on other ranks."""
 
-    def __init__(self, cfg: RunConfig, folder: Path, world: World, resume_step: int) -> None:
-        self.cfg, self.world = cfg, world
+    def __init__(self, cfg: RunConfig, folder: Path, world: World) -> None:
+        self.cfg, self.folder, self.world = cfg, folder, world
         self.flops_per_token = cfg.model.flops_per_token(cfg.data.seq_len)
         self.seconds_per_step = 0.0
-        self.file = (
-            log.MetricsFile(folder / "metrics.jsonl", resume_step) if world.is_main else None
-        )
+        self.file: log.MetricsFile | None = None
+        self.telemetry: Telemetry | None = None
+        self.left_out: list[dict[str, Any]] = []  # records of this process
+
+    def open(self, resume_step: int) -> None:
+        """Begin to write on rank 0; records after `resume_step` are dropped."""
+        if self.world.is_main:
+            self.file = log.MetricsFile(self.folder / "metrics.jsonl", resume_step)
+            tree = redacted_tree(config.to_plain(self.cfg))
+            self.telemetry = Telemetry(
+                self.cfg.log, self.folder, self.folder.name, tree, resume_step
+            )
 
     def close(self) -> None:
+        if self.telemetry is not None:
+            self.telemetry.close()
         if self.file is not None:
             self.file.close()
+
+    def record(self, record: dict[str, Any]) -> None:
+        """One record, into metrics.jsonl first."""
+        if self.file is not None and self.telemetry is not None:
+            self.file.write(record)
+            self.telemetry.record(record)
 
     def say(self, message: str) -> None:
         if self.file is not None:
@@ -96,6 +114,7 @@ class Sinks:
         self,
         state: TrainState,
         losses: Losses,
+        checksum: int,
         grad_norm: float,
         lr: float,
         clock: Clock,
@@ -121,13 +140,13 @@ class Sinks:
         }
         if self.cfg.loss.z_loss:
             record["train/z_loss"] = losses.z
-        record["data/checksum"] = losses.checksum
+        record["data/checksum"] = checksum
         for name, (samples, epochs) in stream.consumed(state.next_sample).items():
             record[f"data/{name}/epoch"] = epochs
             if stream.mixture is not None:
                 record[f"data/{name}/tokens"] = samples * self.cfg.data.seq_len
         record |= {f"train/{name}/loss": loss for name, loss in losses.by_source.items()}
-        self.file.write(record)
+        self.record(record)
         # a moving average over about ten steps, for a calm estimate of the time left
         weight = 0.1 if self.seconds_per_step else 1.0
         self.seconds_per_step += weight * (clock.total - self.seconds_per_step)
@@ -149,8 +168,35 @@ class Sinks:
                     f"{save.stalled_seconds:.1f} s)"
                 )
 
-    def validation(self, state: TrainState, name: str, loss: float) -> None:
+    def rewind(self, state: TrainState) -> None:
+        """Drop the records after the state, as at a resume: those steps are trained again.
+
+        What was left out since then stays left out, and on record: before the first new step.
+        """
         if self.file is None:
             return
-        self.file.write({"step": state.step, "tokens": state.tokens, f"val/{name}/loss": loss})
+        self.file.close()
+        self.file = log.MetricsFile(self.folder / "metrics.jsonl", state.step)
+        for event in self.left_out:
+            if event["step"] > state.step:
+                event |= {"step": state.step + 1, "tokens": state.tokens}
+                self.record(event)
+
+    def judged(self, state: TrainState, verdict: Verdict) -> None:
+        """What the guard said of a batch, as a record of the step that it was tried for."""
+        if self.file is None or not verdict.event:
+            return
+        found = verdict.record(state.next_sample)
+        # + 1, as in the step's own record: a resume at `state` meets the batch again
+        record = {"step": state.step + 1, "tokens": state.tokens, **found}
+        if verdict.event in ("left out", "rewind"):
+            self.left_out.append(record)
+        self.record(record)
+        first, end = found["guard/first_sample"], found["guard/end_sample"]
+        self.say(
+            f"step {state.step}: {verdict.event}: samples {first} to {end - 1}: {verdict.reason}"
+        )
+
+    def validation(self, state: TrainState, name: str, loss: float) -> None:
+        self.record({"step": state.step, "tokens": state.tokens, f"val/{name}/loss": loss})
         self.say(f"step {state.step}: val/{name}/loss {loss:.4f}")

@@ -10,6 +10,8 @@ A run folder::
       init_from.json    the model that the first weights came from, if there is one
       metrics.jsonl     one record per step, one per validation
       log.txt           what the console said
+      wandb/ wandb_id tensorboard/    with log.wandb, log.tensorboard
+      stacks-rank0.txt  what a rank did when its watchdog ended it
       tokenizer.json    of the data, so that exports and generation have it
       checkpoints/step_00001000/…
       stopped.json      after a stop on request: the step; gone once training goes on
@@ -18,16 +20,19 @@ A run folder::
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from openlm_lite import checkpoint, dist, log, run
 from openlm_lite.checkpoint import TrainState
+from openlm_lite.checkpoint_place import Place
+from openlm_lite.data.dataset import Dataset
 from openlm_lite.data.sources import (
     bad_shards_of,
     check_same_data,
@@ -39,7 +44,9 @@ from openlm_lite.data.stream import Batch, TokenStream, train_batches, val_batch
 from openlm_lite.dist import World
 from openlm_lite.errors import InputError, RunError
 from openlm_lite.eval.loss import validation_loss
-from openlm_lite.inherit import first_weights, open_init_source
+from openlm_lite.guard import Guard
+from openlm_lite.hf.source import Source
+from openlm_lite.inherit import Record, first_weights, open_init_source
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
 from openlm_lite.optim.schedule import lr_at
@@ -48,138 +55,248 @@ from openlm_lite.run import RunConfig
 from openlm_lite.run_folder import mark_stopped, run_folder
 from openlm_lite.saver import Saver
 from openlm_lite.sinks import Clock, Losses, Sinks, every
+from openlm_lite.stop import StopRequest
+from openlm_lite.watchdog import Watchdog
 
 DONE, STOPPED = 0, 75
 """exit codes: trained to the end; stopped on request with a checkpoint saved"""
 
 
-class NonFiniteError(RunError):
-    """The loss or the gradient is NaN or infinite; the weights were not touched."""
-
-
-def train(cfg: RunConfig, allow_change: Sequence[str] = ()) -> int:
+def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | None = None) -> int:
     """Train the run to its end or to a stop request; returns the exit code.
 
     Launched again on the same run.dir it continues from the newest whole checkpoint, and ends
     with the weights of the uninterrupted run. `allow_change` names keys that may differ from the
-    run there, which are refused otherwise.
+    run there, which are refused otherwise. `stop` listens since before the imports (default: from
+    here on).
     """
-    _, world_size, _ = dist.launched()
-    micro_batches = cfg.micro_batches(world_size)
+    rank, world_size, _ = dist.launched()
+    cfg.micro_batches(world_size)  # before anything else: does the batch divide?
     train_sets, val_sets = open_sources(cfg.data, cfg.model.vocab_size)
     stream = open_stream(cfg.data, train_sets, cfg.steps * cfg.global_batch_tokens)
     folder = Path(cfg.run.dir).expanduser()
     source = open_init_source(cfg.model.init_from, cfg.model.architecture, folder)
     make_deterministic(cfg)
 
-    world = dist.init(cfg.run.device)
-    with run_folder(cfg, folder, stream, allow_change) as stop, ExitStack() as at_end:
+    with ExitStack() as at_end:
+        if stop is None:
+            stop = at_end.enter_context(StopRequest())
+        watchdog = at_end.enter_context(Watchdog(cfg.watchdog, rank, world_size, stop))
+        world = dist.init(cfg.run.device, cfg.watchdog.group_seconds)
+        place = at_end.enter_context(run_folder(cfg, folder, stream, allow_change))
+        watchdog.stacks_folder = folder
+        loop = Loop(cfg, folder, place, stream, val_sets, world, stop, watchdog)
+        at_end.callback(loop.close)
+        loop.begin(source, allow_change)
+        del source  # and with it what it has open
+        return loop.run()
+
+
+class Loop:
+    """A run under way: what it trains, where it stands, and what a step does."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        folder: Path,
+        place: Place,
+        stream: TokenStream,
+        val_sets: Mapping[str, Dataset],
+        world: World,
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ) -> None:
+        self.cfg, self.folder, self.place, self.world = cfg, folder, place, world
+        self.stream, self.val_sets = stream, val_sets
+        self.stop, self.watchdog = stop, watchdog
+        self.micro_batches = cfg.micro_batches(world.world_size)
         mesh = dist.data_parallel_mesh(world)
-        model = build_sharded_model(
+        self.model = build_sharded_model(
             cfg.model.architecture, mesh, cfg.parallel, world.device, cfg.run.seed
         )
-        optimizer = build_optimizer(model, cfg.optim)
+        self.optimizer = build_optimizer(self.model, cfg.optim)
+        self.saver = Saver(place, cfg.checkpoint)
+        watchdog.watch_background(self.saver.running_seconds)
+        self.state = TrainState(step=0, tokens=0, next_sample=0)
+        self.guard = Guard(cfg.guard)
+        self.origin: Record | None = None  # of the first weights
+        self.batches = self.batches_from_here()
+        self.sinks = Sinks(cfg, folder, world)
 
-        root = str(folder / "checkpoints")
-        commit = checkpoint.latest_checkpoint(root)
+    def begin(self, source: Source | None, allow_change: Sequence[str]) -> None:
+        """Take the state of the newest checkpoint, or the first weights."""
+        commit = checkpoint.latest_checkpoint(self.place)
         if commit is None:
-            state = TrainState(step=0, tokens=0, next_sample=0)
-            origin = first_weights(model, cfg.model.init_from, source, folder)
+            init_from = self.cfg.model.init_from
+            self.origin = first_weights(self.model, init_from, source, self.folder)
         else:
-            if not check_same_data(commit.facts, stream, allow_change):
-                stream.bad_shards.update(bad_shards_of(commit.facts))
-            origin = commit.facts.get("init_from")
-            state = checkpoint.load_checkpoint(commit, model, optimizer)
-        del source  # and with it what it has open
-        sinks = Sinks(cfg, folder, world, resume_step=-1 if commit is None else state.step)
-        at_end.callback(sinks.close)
-        sinks.banner(stream, origin, resumed=commit is not None)
+            if not check_same_data(commit.facts, self.stream, allow_change):
+                self.stream.bad_shards.update(bad_shards_of(commit.facts))
+            self.origin = commit.facts.get("init_from")
+            self.state = checkpoint.load_checkpoint(commit, self.model, self.optimizer)
+            self.guard = Guard(self.cfg.guard, self.state.guard, commit.path)
+            self.batches = self.batches_from_here()
+        self.sinks.open(resume_step=-1 if commit is None else self.state.step)
+        self.sinks.banner(self.stream, self.origin, resumed=commit is not None)
+        if commit is None:
+            self.validate()
+            if self.cfg.guard.on_spike == "rewind":  # a first spike has something to go back to
+                self.save(must_succeed=True)
 
-        saver = Saver(root, cfg.checkpoint)
-        at_end.callback(saver.close)
-
-        def save(state: TrainState, must_succeed: bool) -> None:
-            documents = {
-                "config.yaml": run.resolved_yaml(cfg),
-                "model.json": run.model_json(cfg.model.architecture),
-            }
-            facts = data_facts(stream) | ({"init_from": origin} if origin else {})
-            before = saver.start(model, optimizer, state, documents=documents, facts=facts)
-            sinks.saved(before)
-            if must_succeed:
-                sinks.saved(saver.finish(must_succeed))
-
-        def validate(state: TrainState) -> None:
-            for name, dataset in val_sets.items():
-                batches = val_batches(
-                    dataset,
-                    seq_len=cfg.data.seq_len,
-                    batch_size=cfg.micro_batch_size,
-                    max_tokens=cfg.eval.tokens,
-                    rank=world.rank,
-                    world_size=world.world_size,
-                    masks=cfg.data,
-                )
-                sinks.validation(state, name, validation_loss(model, batches, world.device))
-
-        batches = train_batches(
-            stream,
-            first_sample=state.next_sample,
-            global_batch=cfg.global_batch,
-            rank=world.rank,
-            world_size=world.world_size,
-            prefetch=cfg.data.prefetch_batches,
-            masks=cfg.data,
-        )
-        at_end.callback(batches.close)
-        if state.step == 0:
-            validate(state)
-
-        while state.step < cfg.steps:
-            clock = Clock()
-            lr = lr_at(state.step, cfg.steps, cfg.optim.lr, cfg.schedule)
-            set_lr(optimizer, lr)
-            batch = next(batches)
-            clock.lap("data")
-
-            for message in share_bad_shards(stream, world):
-                sinks.say(f"step {state.step}: left out: {message}")
-            losses, stop_wanted = forward_backward(
-                model, batch, micro_batches, cfg.loss.z_loss, world, stop.requested, stream.names
-            )
-            grad_norm = clip_gradients(model, cfg.optim.grad_clip).item()
-            if not (math.isfinite(losses.ce) and math.isfinite(grad_norm)):
-                raise NonFiniteError(
-                    f"step {state.step}: loss {losses.ce}, gradient norm {grad_norm}, samples "
-                    f"{batch.first_index} to {batch.first_index + cfg.global_batch - 1}; this step "
-                    f"updated nothing. `openlm inspect {folder} --step {state.step}` shows the "
-                    "samples; a new run.dir with a lower optim.lr or longer schedule.warmup_steps "
-                    "may get past it"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-
-            state = TrainState(
-                step=state.step + 1,
-                tokens=state.tokens + cfg.global_batch_tokens,
-                next_sample=batch.first_index + cfg.global_batch,
-            )
-            clock.lap("step")
-            sinks.step(state, losses, grad_norm, lr, clock, stream)
-            sinks.saved(saver.finished())
-
-            done = state.step == cfg.steps
-            if done or every(cfg.eval.every_steps, state.step):
-                validate(state)
-            if done or stop_wanted or every(cfg.checkpoint.every_steps, state.step):
-                save(state, must_succeed=done or stop_wanted)
+    def run(self) -> int:
+        """Step until the end or a stop; returns the exit code."""
+        cfg, sinks = self.cfg, self.sinks
+        while self.state.step < cfg.steps:
+            before = self.state.step
+            stop_wanted = self.step()
+            sinks.saved(self.saver.finished())
+            if self.state.step <= before:
+                continue  # left out, or gone back; a request to stop waits for the next step
+            done = self.state.step == cfg.steps
+            if done or every(cfg.eval.every_steps, self.state.step):
+                self.validate()
+            if done or stop_wanted or every(cfg.checkpoint.every_steps, self.state.step):
+                self.save(must_succeed=done or stop_wanted)
             if stop_wanted and not done:
-                dist.on_main(lambda state=state: mark_stopped(folder, state))
-                sinks.say(f"stopped on request after step {state.step}; the same command resumes")
+                dist.on_main(lambda: mark_stopped(self.folder, self.state))
+                sinks.say(
+                    f"stopped on request after step {self.state.step}; the same command resumes"
+                )
                 return STOPPED
-
-        sinks.say(f"done: {state.step} steps, {log.human(state.tokens)} tokens, in {folder}")
+        state = self.state
+        sinks.say(f"done: {state.step} steps, {log.human(state.tokens)} tokens, in {self.folder}")
         return DONE
+
+    def step(self) -> bool:
+        """Train on the next batch, if the guard lets it; returns whether any rank wants to stop."""
+        cfg, world, state = self.cfg, self.world, self.state
+        clock = Clock()
+        self.watchdog.enter("batch", state.step)
+        lr = lr_at(state.step, cfg.steps, cfg.optim.lr, cfg.schedule)
+        set_lr(self.optimizer, lr)
+        batch = next(self.batches)
+        while self.guard.leaves_out(batch.first_index, cfg.global_batch):
+            batch = next(self.batches)
+        for message in share_bad_shards(self.stream, world):
+            self.sinks.say(f"step {state.step}: left out: {message}")
+        agreed = agree_on(batch, world, self.stop.requested)
+        clock.lap("data")
+
+        self.watchdog.enter("step", state.step)
+        losses = forward_backward(
+            self.model,
+            batch,
+            self.micro_batches,
+            cfg.loss.z_loss,
+            world,
+            agreed.n_targets,
+            self.stream.names,
+        )
+        grad_norm = clip_gradients(self.model, cfg.optim.grad_clip).item()
+        verdict = self.guard.judge(
+            state.step, batch.first_index, cfg.global_batch, losses.ce, grad_norm
+        )
+        if verdict.event == "rewind":
+            self.rewind()
+        self.sinks.judged(self.state, verdict)
+        if verdict.event in ("left out", "rewind"):
+            self.optimizer.zero_grad()
+            return agreed.stop_wanted
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state = TrainState(
+            step=state.step + 1,
+            tokens=state.tokens + cfg.global_batch_tokens,
+            next_sample=batch.first_index + cfg.global_batch,
+        )
+        clock.lap("step")
+        self.sinks.step(self.state, losses, agreed.checksum, grad_norm, lr, clock, self.stream)
+        return agreed.stop_wanted
+
+    def rewind(self) -> None:
+        """Back to the newest checkpoint, as if the run had been launched again."""
+        self.batches.close()
+        with self.watchdog.watch("save"):
+            self.sinks.saved(self.saver.finish())
+            commit = checkpoint.latest_checkpoint(self.place)
+            if commit is None:
+                raise RunError(f"{self.place.root}: no checkpoint is whole: nothing to rewind to")
+            self.state = checkpoint.load_checkpoint(commit, self.model, self.optimizer)
+        self.guard = self.guard.rewound(self.state.guard, self.state.next_sample, commit.path)
+        self.batches = self.batches_from_here()
+        self.sinks.rewind(self.state)
+
+    def save(self, must_succeed: bool) -> None:
+        """A checkpoint of the present state; waited for only if it `must_succeed`."""
+        documents = {
+            "config.yaml": run.resolved_yaml(self.cfg),
+            "model.json": run.model_json(self.cfg.model.architecture),
+        }
+        facts = data_facts(self.stream) | ({"init_from": self.origin} if self.origin else {})
+        state = replace(self.state, guard=self.guard.state())
+        with self.watchdog.watch("save"):
+            self.sinks.saved(
+                self.saver.start(
+                    self.model, self.optimizer, state, documents=documents, facts=facts
+                )
+            )
+            if must_succeed:
+                self.sinks.saved(self.saver.finish(must_succeed))
+
+    def validate(self) -> None:
+        """The loss on every validation set."""
+        for name, dataset in self.val_sets.items():
+            batches = val_batches(
+                dataset,
+                seq_len=self.cfg.data.seq_len,
+                batch_size=self.cfg.micro_batch_size,
+                max_tokens=self.cfg.eval.tokens,
+                rank=self.world.rank,
+                world_size=self.world.world_size,
+                masks=self.cfg.data,
+            )
+            with self.watchdog.watch("validation"):
+                watched = self.watchdog.each(batches)
+                loss = validation_loss(self.model, watched, self.world.device)
+            self.sinks.validation(self.state, name, loss)
+
+    def batches_from_here(self) -> Generator[Batch]:
+        """This rank's batches from the next sample on."""
+        return train_batches(
+            self.stream,
+            first_sample=self.state.next_sample,
+            global_batch=self.cfg.global_batch,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            prefetch=self.cfg.data.prefetch_batches,
+            masks=self.cfg.data,
+        )
+
+    def close(self) -> None:
+        """End the threads, and let a save that is running come to its end."""
+        self.batches.close()
+        self.saver.close()
+        self.sinks.close()
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a global batch before they train on it."""
+
+    n_targets: torch.Tensor  # fp32 scalar, at least 1: targets of all ranks
+    checksum: int  # of the rows that were read (`data.stream.checksum_of`)
+    stop_wanted: bool  # by any rank
+
+
+def agree_on(batch: Batch, world: World, stop_requested: bool) -> Agreed:
+    """Wait until every rank has its batch, and add up what they know; collective."""
+    counts = torch.tensor(  # float64 holds all of these exactly
+        [n_targets_of(batch), batch.checksum, stop_requested], dtype=torch.float64
+    ).to(world.device)
+    torch.distributed.all_reduce(counts)
+    # all rows may be of shards that are left out
+    n_targets = counts[0].clamp(min=1).float()
+    _, checksum, stops = counts.tolist()
+    return Agreed(n_targets, int(checksum), stops > 0)
 
 
 def forward_backward(
@@ -188,21 +305,16 @@ def forward_backward(
     micro_batches: int,
     z_loss: float,
     world: World,
-    stop_requested: bool,
+    n_targets: torch.Tensor,
     sources: tuple[str, ...] = (),
-) -> tuple[Losses, bool]:
-    """Gradients of one global batch; returns its losses and whether any rank wants to stop.
+) -> Losses:
+    """Gradients of one global batch, of `n_targets` over all ranks; returns its losses.
 
     What is minimised is the mean over the targets of all ranks and micro-batches, each token
     counting once, whatever the split; with a z-loss, plus z_loss times its mean over all
     positions. With several `sources` (which batch.sources_B number), the loss of each is found too.
     """
     n_positions = batch.targets_BT.numel() * world.world_size
-    counts = torch.tensor(  # float64 holds all of these exactly
-        [n_targets_of(batch), batch.checksum, stop_requested], dtype=torch.float64
-    ).to(world.device)
-    torch.distributed.all_reduce(counts)
-    n_targets = counts[0].clamp(min=1).float()  # all rows may be of shards that are left out
     z_weight = z_loss * n_targets / n_positions if z_loss else 0.0
 
     found = torch.zeros(2, device=world.device)
@@ -229,7 +341,7 @@ def forward_backward(
     ce, z, *rest = found.tolist()
     pairs = zip(sources, rest[: len(sources)], rest[len(sources) :], strict=True)
     by_name = {name: s / n for name, s, n in pairs if n}
-    return Losses(ce, z, by_name, int(counts[1])), bool(counts[2] > 0)
+    return Losses(ce, z, by_name)
 
 
 def micro_batches_of(batch: Batch, n: int) -> list[Batch]:
