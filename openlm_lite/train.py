@@ -119,6 +119,7 @@ class Loop:
         watchdog.watch_background(self.saver.running_seconds)
         self.state = TrainState(step=0, tokens=0, next_sample=0)
         self.guard = Guard(cfg.guard)
+        self.has_stepped = False  # in this process: the first step may compile
         self.origin: Record | None = None  # of the first weights
         self.batches = self.batches_from_here()
         self.sinks = Sinks(cfg, folder, world)
@@ -171,7 +172,7 @@ class Loop:
         """Train on the next batch, if the guard lets it; returns whether any rank wants to stop."""
         cfg, world, state = self.cfg, self.world, self.state
         clock = Clock()
-        self.watchdog.enter("batch", state.step)
+        self.watchdog.enter("batch" if self.has_stepped else "start", state.step)
         lr = lr_at(state.step, cfg.steps, cfg.optim.lr, cfg.schedule)
         set_lr(self.optimizer, lr)
         batch = next(self.batches)
@@ -182,7 +183,7 @@ class Loop:
         agreed = agree_on(batch, world, self.stop.requested)
         clock.lap("data")
 
-        self.watchdog.enter("step", state.step)
+        self.watchdog.enter("step" if self.has_stepped else "start", state.step)
         losses = forward_backward(
             self.model,
             batch,
@@ -209,6 +210,7 @@ class Loop:
             tokens=state.tokens + cfg.global_batch_tokens,
             next_sample=batch.first_index + cfg.global_batch,
         )
+        self.has_stepped = True
         clock.lap("step")
         self.sinks.step(self.state, losses, agreed.checksum, grad_norm, lr, clock, self.stream)
         return agreed.stop_wanted
