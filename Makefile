@@ -13,7 +13,7 @@ STAMP = .venv/installed-$(1)
 # each test process uses one thread
 WORKERS := -n auto --maxprocesses=8
 
-.PHONY: quickstart test slow check clean
+.PHONY: quickstart test slow slurm check clean
 
 quickstart: $(call STAMP,quickstart)
 	examples/quickstart.sh
@@ -22,7 +22,10 @@ test: $(call STAMP,dev)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) $(ARGS)
 
 slow: $(call STAMP,dev)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not slurm' $(ARGS)
+
+slurm: $(call STAMP,dev)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm $(ARGS)
 
 check: $(call STAMP,dev)
 	$(BIN)/ruff format --check .

@@ -1,209 +1,53 @@
-"""`slurm/train.sbatch` on a real Slurm: two nodes (`slurmd`s) on this host, started for the tests.
-
-Needs Debian's slurm-wlm and munge (`apt-get install --no-install-recommends slurm-wlm munge`).
-"""
+"""`slurm/train.sbatch` and `slurm/prepare.sbatch` on a real Slurm: two `slurmd`s on this host."""
 
 from __future__ import annotations
 
-import getpass
-import os
 import re
-import secrets
 import shutil
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from openlm_lite.checkpoint import resolve_checkpoint
-from openlm_lite.log import read_metrics
-from tests.train_server import ROOT, TrainServer
+from openlm_lite.data.prepare import PrepareConfig, prepare
+from openlm_lite.run_folder import STOPPED_NAME
+from tests.data.prepare_corpus import (
+    files_of,
+    make_texts,
+    train_small_tokenizer,
+    write_lines,
+)
+from tests.slurm_cluster import (
+    PREPARE,
+    TRAIN,
+    Cluster,
+    losses,
+    skip_without_slurm,
+    wait_until,
+)
+from tests.train_server import TrainServer
 
-SCRIPT = ROOT / "slurm" / "train.sbatch"
-NODES = ("n1", "n2")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "srun")
-UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
-LONG_ENOUGH = 240.0
-"""seconds that anything here may take; two starts of torchrun on two slow cores, with room"""
+ONE_NODE = ("--nodes=1",)
+# Steps that are slow enough for something to happen in the middle of a run.
+SLOWER = ("eval.every_steps=0", "global_batch_tokens=2048")
+SAME_AT_ANY_LENGTH = ("schedule.name=constant", "schedule.cooldown_steps=0", "schedule.end_lr=0")
 
 
-def test_the_script_is_valid_bash() -> None:
-    done = subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, text=True)
+@pytest.mark.parametrize("script", [TRAIN, PREPARE], ids=lambda path: path.name)
+def test_the_scripts_are_valid_bash(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_line_that_the_script_counts_is_the_one_that_the_trainer_writes() -> None:
-    counted = re.search(r"grep -hs '([^']+)'", SCRIPT.read_text())
-    assert counted is not None
-    assert counted[1] in (ROOT / "openlm_lite" / "train.py").read_text()
-
-
-def wait_until(what: str, true: Callable[[], object], seconds: float = LONG_ENOUGH) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.2)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Cluster:
-    """A Slurm of two nodes with one CPU each; everything in `folder`, all ports on loopback."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.conf = folder / "slurm.conf"
-        # Of the environment only what these jobs need: a test run may itself be a Slurm job.
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
-        self.environment = kept | {
-            "SLURM_CONF": str(self.conf),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
-        self.daemons: list[subprocess.Popen[bytes]] = []
-
-    def start(self) -> None:
-        for name in ("state", "n1", "n2"):
-            (self.folder / name).mkdir()
-        key = self.folder / "munge.key"
-        key.write_bytes(secrets.token_bytes(1024))
-        key.chmod(0o600)
-        self.conf.write_text(self._conf())
-        files = {
-            name: self.folder / f"munge.{name}" for name in ("key", "pid", "log", "seed", "socket")
-        }
-        self._daemon(
-            "munged",
-            "--foreground",
-            "--force",
-            f"--key-file={files['key']}",
-            f"--socket={files['socket']}",
-            f"--pid-file={files['pid']}",
-            f"--log-file={files['log']}",
-            f"--seed-file={files['seed']}",
-        )
-        wait_until("munged answers", files["socket"].exists, 30)
-        self._daemon("slurmctld", "-D", "-f", str(self.conf))
-        for node in NODES:
-            self._daemon("slurmd", "-D", "-N", node, "-f", str(self.conf))
-        idle = ("sinfo", "--noheader", "--states=idle", "--format=%D")
-        wait_until("both nodes are idle", lambda: self.run(*idle, check=False) == "2", 60)
-
-    def stop(self) -> None:
-        """Ends the daemons of this cluster, newest first, and with them their jobs."""
-        self.run("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}", check=False)
-        time.sleep(1)
-        for daemon in reversed(self.daemons):
-            daemon.terminate()
-            try:
-                daemon.wait(20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-
-    def run(self, *command: str, check: bool = True) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment)
-        if check:
-            assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-        return done.stdout.strip()
-
-    def submit(self, output: Path, *words: str, options: tuple[str, ...] = ()) -> str:
-        """Queue the script on both nodes; returns the job's number."""
-        return self.run(
-            "sbatch",
-            "--parsable",
-            "--nodes=2",
-            "--time=10",
-            f"--chdir={ROOT}",
-            f"--output={output}",
-            *options,
-            str(SCRIPT),
-            *words,
-        )
-
-    def field(self, job: str, name: str) -> str:
-        """One field of `scontrol show job`, such as JobState or Restarts."""
-        found = re.search(rf"\b{name}=(\S+)", self.run("scontrol", "show", "job", job))
-        assert found is not None
-        return found[1]
-
-    def wait_for_end(self, job: str) -> str:
-        """The state in which the job ended."""
-        wait_until("the job ends", lambda: self.field(job, "JobState") not in UNFINISHED)
-        return self.field(job, "JobState")
-
-    def wait_for_steps(self, job: str, run: Path, steps: int) -> None:
-        def there() -> bool:
-            state = self.field(job, "JobState")
-            return len(losses(run)) >= steps or state not in UNFINISHED
-
-        wait_until(f"step {steps}", there)
-        assert len(losses(run)) >= steps, f"the job ended: {self.field(job, 'JobState')}"
-
-    def _daemon(self, *command: str) -> None:
-        with (self.folder / f"{command[0]}{len(self.daemons)}.out").open("wb") as out:
-            self.daemons.append(
-                subprocess.Popen(
-                    command, stdout=out, stderr=out, cwd=self.folder, env=self.environment
-                )
-            )
-
-    def _conf(self) -> str:
-        host, user = socket.gethostname().split(".")[0], getpass.getuser()
-        nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=1 "
-            "RealMemory=1000 State=UNKNOWN"
-            for node in NODES
-        )
-        # cred_expire is also how long Slurm waits before it starts a requeued job again.
-        return f"""
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={free_port()}
-SlurmUser={user}
-SlurmdUser={user}
-AuthType=auth/munge
-AuthInfo=socket={self.folder}/munge.socket,cred_expire=5
-MpiDefault=none
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=1
-StateSaveLocation={self.folder}/state
-SlurmdSpoolDir={self.folder}/%n
-SlurmctldPidFile={self.folder}/slurmctld.pid
-SlurmdPidFile={self.folder}/slurmd.%n.pid
-SlurmctldLogFile={self.folder}/slurmctld.log
-SlurmdLogFile={self.folder}/slurmd.%n.log
-ReturnToService=2
-KillWait=5
-JobRequeue=1
-SlurmdParameters=config_overrides
-CommunicationParameters=NoAddrCache,NoCtldInAddrAny,NoInAddrAny
-{nodes}
-PartitionName=main Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=UP
-"""
+def test_the_file_that_train_sbatch_looks_for_is_the_one_that_the_trainer_leaves() -> None:
+    assert f'"$run_dir/{STOPPED_NAME}"' in TRAIN.read_text()
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    absent = [name for name in PROGRAMS if shutil.which(name) is None]
-    if absent:
-        pytest.skip(f"no Slurm here: {', '.join(absent)} not found (packages slurm-wlm, munge)")
-    if os.getuid() != 0:
-        pytest.skip("a Slurm of one's own, started without systemd, needs root")
+def running_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    skip_without_slurm()
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
         cluster.start()
@@ -212,102 +56,332 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.stop()
 
 
-def losses(run: Path) -> list[float]:
-    if not (run / "metrics.jsonl").exists():
-        return []
-    records = read_metrics(run / "metrics.jsonl")
-    return [r["train/loss"] for r in records if "train/loss" in r]
+@pytest.fixture
+def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster whole and without jobs, before and after."""
+    running_cluster.wait_for_nodes()
+    yield running_cluster
+    for node in ("n1", "n2"):
+        running_cluster.revive_node(node)
+    running_cluster.run("scancel", "--user=root", check=False)
 
 
 def saved_step(run: Path) -> int:
     return int(Path(resolve_checkpoint(str(run))).name.removeprefix("step_"))
 
 
+def stopped_steps(out: Path) -> list[int]:
+    """The steps after which the job stopped on request, by what it said."""
+    return [int(n) for n in re.findall(r"stopped on request after step (\d+)", out.read_text())]
+
+
+def assert_same_losses(run: Path, other: Path) -> None:
+    assert losses(run) == pytest.approx(losses(other), rel=1e-6)
+
+
 @pytest.mark.slow
+@pytest.mark.slurm
 def test_two_nodes_have_the_losses_of_one_process(
     cluster: Cluster, train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
     assert train_server.train(str(toy_recipe), f"run.dir={tmp_path / 'one'}")["codes"] == [0]
-    job = cluster.submit(tmp_path / "out.txt", str(toy_recipe), f"run.dir={tmp_path / 'two'}")
+    run, out = tmp_path / "two", tmp_path / "out.txt"
+    job = cluster.submit(out, str(toy_recipe), f"run.dir={run}", "--allow-change", "optim.lr")
     assert cluster.wait_for_end(job) == "COMPLETED"
-    assert "2 x cpu" in (tmp_path / "out.txt").read_text()
-    assert len(losses(tmp_path / "two")) == 12
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    assert cluster.field(job, "Restarts") == "0"
+    assert "2 x cpu" in out.read_text()
+    assert len(losses(run)) == 12
+    assert_same_losses(run, tmp_path / "one")
 
 
 @pytest.mark.slow
+@pytest.mark.slurm
 def test_a_signal_saves_requeues_and_resumes_with_the_same_losses(
     cluster: Cluster, train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "out.txt"
-    words = [
-        str(toy_recipe),
-        "total_steps=100",
-        "checkpoint.every_steps=100",
-        "eval.every_steps=0",
-        "global_batch_tokens=2048",  # slower steps: the signal is to come in the middle
-    ]
+    words = [str(toy_recipe), "total_steps=60", "checkpoint.every_steps=100", *SLOWER]
     job = cluster.submit(out, *words, f"run.dir={run}")
     cluster.wait_for_steps(job, run, 10)
     cluster.run("scancel", "--signal=USR1", job)
     assert cluster.wait_for_end(job) == "COMPLETED"
     assert cluster.field(job, "Restarts") == "1"
 
-    text = out.read_text()
-    stopped = re.search(r"stopped on request after step (\d+)", text)
-    assert stopped is not None and 10 <= int(stopped[1]) < 100
-    assert f"requeueing job {job}" in text and f"resuming {run}" in text
+    (stopped,) = stopped_steps(out)
+    assert 10 <= stopped < 60
+    assert f"requeueing job {job}" in out.read_text() and f"resuming {run}" in out.read_text()
     reference = tmp_path / "reference"
-    done = train_server.train(*words, f"run.dir={reference}", world=2)
-    assert done["codes"] == [0, 0]
-    assert len(losses(run)) == 100
-    assert losses(run) == pytest.approx(losses(reference), rel=1e-6)
+    assert train_server.train(*words, f"run.dir={reference}", world=2)["codes"] == [0, 0]
+    assert len(losses(run)) == 60
+    assert_same_losses(run, reference)
 
 
 @pytest.mark.slow
-def test_the_time_limit_requeues_and_scancel_ends(
-    cluster: Cluster, toy_recipe: Path, tmp_path: Path
+@pytest.mark.slurm
+def test_over_time_limits_and_a_scancel_a_run_has_the_losses_of_one_without(
+    cluster: Cluster, train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
-    """The signal is Slurm's own here, as the limit comes near."""
+    """The signal is Slurm's own here, as the limit comes near. When it does is for Slurm to say, so
+    the run is endless until the last line."""
     run, out = tmp_path / "run", tmp_path / "out.txt"
-    words = [str(toy_recipe), "total_steps=1000000", "checkpoint.every_steps=1000000"]
-    job = cluster.submit(out, *words, "eval.every_steps=0", f"run.dir={run}")
-    cluster.wait_for_steps(job, run, 20)
-    # 10 minutes become what is left when the warning is due, so that nobody waits for it.
-    elapsed = int(cluster.run("squeue", "--noheader", f"--job={job}", "--format=%M").split(":")[0])
-    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={elapsed + 3}")
-    wait_until("the job is requeued", lambda: cluster.field(job, "Restarts") == "1")
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    first = saved_step(run)
-    assert f"stopped on request after step {first}" in out.read_text()
-    cluster.wait_for_steps(job, run, first + 20)
-    assert f"resuming {run}" in out.read_text()
-
+    words = [str(toy_recipe), "checkpoint.every_steps=100000", *SLOWER, *SAME_AT_ANY_LENGTH]
+    job = cluster.submit(out, *words, f"run.dir={run}", "total_steps=100000")
+    for restarts in ("1", "2"):
+        cluster.wait_for_steps(job, run, len(losses(run)) + 10)
+        # 20 minutes become what is left when the warning is due, so that nobody waits for it.
+        elapsed = cluster.run("squeue", "--noheader", f"--job={job}", "--format=%M")
+        limit = int(elapsed.split(":")[0]) + 3
+        cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+        wait_until("the job is requeued", lambda n=restarts: cluster.field(job, "Restarts") == n)
+        cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    first, second = stopped_steps(out)
+    assert 10 <= first < second == saved_step(run)
+    cluster.wait_for_steps(job, run, second + 5)
     cluster.run("scancel", job)
     assert cluster.wait_for_end(job) == "CANCELLED"
-    assert cluster.field(job, "Restarts") == "1"
-    assert out.read_text().count("requeueing job") == 1
+    cluster.wait_for_nodes()
+    assert cluster.field(job, "Restarts") == "2" and out.read_text().count("requeueing") == 2
+
+    end = f"total_steps={len(losses(run)) + 10}"
+    job = cluster.submit(out, *words, f"run.dir={run}", end, "--allow-change", "total_steps")
+    assert cluster.wait_for_end(job) == "COMPLETED"
+    assert not (run / STOPPED_NAME).exists()
+    reference = tmp_path / "reference"
+    assert train_server.train(*words, f"run.dir={reference}", end, world=2)["codes"] == [0, 0]
+    assert_same_losses(run, reference)
 
 
 @pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.parametrize("receiver", ["the shell of the job", "torchrun"])
+def test_a_signal_before_there_is_a_rank_costs_nothing(
+    cluster: Cluster, toy_recipe: Path, tmp_path: Path, receiver: str
+) -> None:
+    """The first while the recipe is read, when no step of the job exists; the other in imports."""
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    words = [str(toy_recipe), "total_steps=100000", "checkpoint.every_steps=100000"]
+    job = cluster.submit(out, *words, f"run.dir={run}")
+    if receiver == "torchrun":
+        cluster.wait_for_process(job, "/torchrun")
+        cluster.run("scancel", "--signal=USR1", job)
+    else:
+        cluster.wait_for_process(job, "openlm_lite.cli")
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_until("the job is requeued", lambda: cluster.field(job, "Restarts") == "1")
+    (stopped,) = stopped_steps(out)
+    assert 1 <= stopped < 50
+    assert saved_step(run) == stopped
+    cluster.wait_for_steps(job, run, stopped + 5)
+    assert f"resuming {run}" in out.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_job_of_a_dead_node_resumes_on_another_one(
+    cluster: Cluster, train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    words = [str(toy_recipe), "total_steps=60", "checkpoint.every_steps=10", *SLOWER]
+    job = cluster.submit(out, *words, f"run.dir={run}", options=ONE_NODE)
+    cluster.wait_for_steps(job, run, 25)
+    dead = cluster.field(job, "BatchHost")
+    cluster.kill_node(dead)
+    assert cluster.wait_for_end(job) == "COMPLETED"
+    assert cluster.field(job, "Restarts") == "1"
+    assert cluster.field(job, "BatchHost") != dead
+    assert f"resuming {run}" in out.read_text()
+    reference = tmp_path / "reference"
+    assert train_server.train(*words, f"run.dir={reference}")["codes"] == [0]
+    assert len(losses(run)) == 60
+    assert_same_losses(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_an_elastic_job_goes_on_without_a_dead_node_and_is_whole_after_a_requeue(
+    cluster: Cluster, train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    """Two nodes, one after the death of the other, then two again; the batches stay the same."""
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    words = [str(toy_recipe), "total_steps=80", "checkpoint.every_steps=10", *SLOWER]
+    options = ("--nodes=2", "--no-kill")
+    job = cluster.submit(out, *words, f"run.dir={run}", options=options, env={"NNODES": "1:2"})
+    cluster.wait_for_steps(job, run, 25)
+    cluster.kill_node("n2")
+    wait_until("the job goes on alone", lambda: "1 x cpu" in out.read_text())
+    assert cluster.field(job, "JobState") == "RUNNING"
+    assert cluster.field(job, "Restarts") == "0"
+    cluster.revive_node("n2")
+    cluster.run("scancel", "--signal=USR1", job)
+    assert cluster.wait_for_end(job) == "COMPLETED"
+    assert cluster.field(job, "Restarts") == "1"
+    assert re.findall(r"(\d) x cpu", out.read_text()) == ["2", "1", "2"]
+    assert len(stopped_steps(out)) == 1
+    reference = tmp_path / "reference"
+    assert train_server.train(*words, f"run.dir={reference}")["codes"] == [0]
+    assert len(losses(run)) == 80
+    assert_same_losses(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
 def test_a_failure_is_not_requeued(cluster: Cluster, toy_recipe: Path, tmp_path: Path) -> None:
-    """Not even one of a run that was stopped before, whose log says so."""
+    """Not even one of a run that was stopped before, and says so to this day."""
     run, out = tmp_path / "run", tmp_path / "out.txt"
     run.mkdir()
-    (run / "log.txt").write_text("10:00:00 stopped on request after step 3; …\n")
-    words = [str(toy_recipe), f"run.dir={run}", "optim.lr=1e30", "schedule.warmup_steps=0"]
-    job = cluster.submit(out, *words)
+    (run / "config.yaml").write_text("no: recipe\n")  # the start fails before it is a start
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / STOPPED_NAME).write_text('{"step": 3, "tokens": 768}\n')
+    job = cluster.submit(out, str(toy_recipe), f"run.dir={run}")
     assert cluster.wait_for_end(job) == "FAILED"
-    assert "NonFiniteError: step " in out.read_text()
+    assert (run / STOPPED_NAME).exists()
     assert cluster.field(job, "Restarts") == "0" and "requeueing" not in out.read_text()
 
 
 @pytest.mark.slow
-def test_a_wrong_recipe_fails_before_any_rank_starts(
+@pytest.mark.slurm
+def test_a_loss_that_is_not_finite_is_not_requeued(
     cluster: Cluster, toy_recipe: Path, tmp_path: Path
 ) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    words = [str(toy_recipe), f"run.dir={run}", "optim.lr=1e30", "schedule.warmup_steps=0"]
+    job = cluster.submit(out, *words)
+    assert cluster.wait_for_end(job) == "FAILED"
+    assert cluster.field(job, "Restarts") == "0" and "requeueing" not in out.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("word", "env", "message"),
+    [
+        ("optim.lerning_rate=1", {}, "openlm: "),
+        (
+            "run.seed=1",
+            {"NPROC": "3"},
+            "train.sbatch: the sequences of global_batch_tokens do not ",
+        ),
+    ],
+)
+def test_a_wrong_recipe_fails_before_any_rank_starts(
+    cluster: Cluster,
+    toy_recipe: Path,
+    tmp_path: Path,
+    word: str,
+    env: dict[str, str],
+    message: str,
+) -> None:
     out = tmp_path / "out.txt"
-    job = cluster.submit(out, str(toy_recipe), "optim.lerning_rate=1")
+    job = cluster.submit(out, str(toy_recipe), word, f"run.dir={tmp_path / 'run'}", env=env)
     assert cluster.wait_for_end(job) == "FAILED"
     assert cluster.field(job, "ExitCode") == "2:0"
-    assert out.read_text().startswith("openlm: ") and out.read_text().count("\n") == 1
+    assert out.read_text().startswith(message) and out.read_text().count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_second_job_on_a_run_folder_is_refused_and_the_first_goes_on(
+    cluster: Cluster, toy_recipe: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    words = [str(toy_recipe), f"run.dir={run}", "total_steps=100000", "checkpoint.every_steps=1000"]
+    first = cluster.submit(tmp_path / "first.txt", *words, options=ONE_NODE)
+    cluster.wait_for_steps(first, run, 5)
+    second = cluster.submit(out, *words, options=ONE_NODE)
+    assert cluster.wait_for_end(second) == "FAILED"
+    assert "is in use by another run" in out.read_text()
+    assert cluster.field(second, "Restarts") == "0"
+    assert cluster.field(first, "JobState") == "RUNNING"
+    cluster.wait_for_steps(first, run, len(losses(run)) + 5)
+
+
+def write_sources(folder: Path) -> tuple[Path, dict[str, tuple[str, ...]]]:
+    """The list of two sources, one of them of two inputs."""
+    inputs = {
+        "web": (str(folder / "web" / "*.jsonl"), str(folder / "more.jsonl")),
+        "code": (str(folder / "code"),),
+    }
+    texts = make_texts(200_000)
+    for i, name in enumerate(("web/a.jsonl", "web/b.jsonl", "more.jsonl", "code/c.jsonl")):
+        write_lines(folder / name, texts[i::4])
+    path = folder / "sources.txt"
+    lines = "".join(f"{name}\t{' '.join(words)}\n" for name, words in inputs.items())
+    path.write_text(f"# two sources\n\n{lines}")
+    return path, inputs
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("killed", "how"),
+    [
+        (0, ("scancel", "--batch", "--signal=USR1")),  # what Slurm does before the time limit
+        (1, ("scancel", "--batch", "--signal=USR1")),
+        (1, ("scontrol", "requeue")),  # kills it
+    ],
+)
+def test_an_array_prepares_a_dataset_per_source_over_a_requeue_of_one_task(
+    cluster: Cluster, tmp_path: Path, killed: int, how: tuple[str, ...]
+) -> None:
+    """One of the two tasks has the number of the whole array; the other task is left alone."""
+    sources, inputs = write_sources(tmp_path)
+    tokenizer = train_small_tokenizer(tmp_path / "tokenizer")
+    options = ("--tokenizer", tokenizer, "--block-tokens", "256", "--val-fraction", "0.05")
+    array = cluster.submit(
+        tmp_path / "out-%a.txt",
+        str(sources),
+        f"{tmp_path}/out",
+        *options,
+        script=PREPARE,
+        options=("--array=0-1",),
+    )
+    name = list(inputs)[killed]
+    task = f"{array}_{killed}"
+    wait_until("it has begun", (tmp_path / "out" / name / ".prepare" / "plan.json").exists)
+    cluster.run(*how, task)
+    for one in (f"{array}_0", f"{array}_1"):
+        assert cluster.wait_for_end(one) == "COMPLETED"
+    assert cluster.field(task, "Restarts") == "1"
+    assert cluster.field(f"{array}_{1 - killed}", "Restarts") == "0"
+
+    for source, words in inputs.items():
+        cfg = PrepareConfig(
+            inputs=words,
+            out=str(tmp_path / "direct" / source),
+            tokenizer=tokenizer,
+            block_tokens=256,
+            val_fraction=0.05,
+            workers=1,
+        )
+        prepare(cfg)
+        assert files_of(tmp_path / "out" / source) == files_of(tmp_path / "direct" / source)
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "words", "message"),
+    [
+        ("web a\ncode b\n", "2", (), "has sources 0 to 1, and this task's number is 2"),
+        ("web a\n", None, (), "this task's number is none; sbatch --array=0-0"),
+        ("web a\n# x\nweb b\n", "0", (), "more than one source is named web"),
+        ("../web a\n", "0", (), "../web: a name is letters, digits"),
+        ("web\n", "0", (), "web: has no input"),
+        ("web a\n", "0", ("--train-tokenizer", "300"), "train one first"),
+        ("web a\n", "0", ("--out=x",), "OUT is the second word"),
+    ],
+)
+def test_a_wrong_list_of_sources_is_one_error(
+    tmp_path: Path, text: str, task: str | None, words: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "sources.txt").write_text(text)
+    done = subprocess.run(
+        [shutil.which("bash") or "bash", str(PREPARE), "sources.txt", "out", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin"} | ({} if task is None else {"SLURM_ARRAY_TASK_ID": task}),
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("prepare.sbatch: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
