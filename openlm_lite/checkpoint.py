@@ -31,8 +31,8 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from openlm_lite import dist, storage
-from openlm_lite.checkpoint_place import LocalPlace, Place, place_of
+from openlm_lite import config, dist, storage
+from openlm_lite.checkpoint_place import LocalPlace, Place, place_of, root_of
 from openlm_lite.commit import (
     COMMIT_NAME,
     TEMPORARY,
@@ -238,7 +238,7 @@ def _delete_old(place: Place, cfg: CheckpointConfig) -> None:
     """Apply keep_last and keep_every to what looks whole (rank 0); a failure only warns."""
     try:
         whole = _whole_checkpoints(place)
-    except RunError as error:  # an outage of the store; what was saved is committed
+    except (InputError, RunError) as error:  # of the store; what was saved is committed
         log.warning("old checkpoints were not looked for: %s", error)
         return
     for commit in whole[max(cfg.keep_last, _PROTECTED_NEWEST) :]:
@@ -303,8 +303,9 @@ def _verify_together(place: Place, path: str) -> Commit | str:
 def resolve_checkpoint(path: str) -> str:
     """The step folder that `path` means: itself, or the newest good one in a run's folder.
 
-    Changes nothing there. Of a URL, the checkpoint is copied to this machine (~/.cache/openlm_lite)
-    and the copy returned. Raises InputError that says what was found and what is allowed.
+    A run's config.yaml says where its checkpoints are. Changes nothing there. Of a URL, the
+    checkpoint is copied to this machine (~/.cache/openlm_lite) and the copy returned.
+    Raises InputError that says what was found and what is allowed.
     """
     if storage.is_remote(path):
         return _resolve_url(path)
@@ -318,8 +319,17 @@ def resolve_checkpoint(path: str) -> str:
         return path  # who reads it verifies it
     if step_of_folder(os.path.basename(os.path.abspath(path))) is not None:
         raise InputError(f"{path}: no {COMMIT_NAME}: saving was not completed; {allowed}")
-    inner = os.path.join(path, "checkpoints")
-    root = inner if os.path.isdir(inner) else path
+    kept = checkpoints_of_run(path)
+    if storage.is_remote(kept):
+        return _resolve_url(kept)
+    if os.path.isdir(kept):
+        root = kept
+    elif kept != os.path.join(path, "checkpoints"):
+        raise InputError(
+            f"{path}: its config.yaml says checkpoint.dir = {kept}, where no folder is; {allowed}"
+        )
+    else:
+        root = path
     problems = []
     for folder in step_folders(root):
         try:
@@ -333,6 +343,23 @@ def resolve_checkpoint(path: str) -> str:
         raise InputError(f"{root}: all checkpoints are damaged: {'; '.join(problems)}")
     names = ", ".join(sorted(os.listdir(root))[:8]) or "nothing"
     raise InputError(f"{root}: no step_… folder in it (found: {names}); {allowed}")
+
+
+def checkpoints_of_run(folder: str) -> str:
+    """Where the run in `folder` keeps its checkpoints, by its config.yaml: a path or a URL."""
+    path = os.path.join(folder, "config.yaml")
+    if not os.path.isfile(path):
+        return root_of(None, folder)
+    try:
+        with open(path, encoding="utf-8") as file:
+            given = config.parse_yaml(file.read(), path).get("checkpoint", {}).get("dir")
+    except (AttributeError, UnicodeDecodeError):
+        raise InputError(f"{path}: is not the config.yaml of a run; name a checkpoint") from None
+    if not isinstance(given, str | None):
+        raise InputError(f"{path}: checkpoint.dir = {given!r}: must be a folder or a URL")
+    if given is None or storage.is_remote(given):
+        return root_of(given, folder)
+    return storage.local_path(given)
 
 
 def _resolve_url(url: str) -> str:

@@ -6,6 +6,7 @@ What checkpoint.py asks of both, in the order of a start and of a save (who call
     start         [rank 0]   once, at the start of a run: … and from the store
     steps         [rank 0]   paths of the checkpoints, newest first, by their names
     bring         [all]      the checkpoint as a local folder, verified together
+    document      [anyone]   a small file of the checkpoint, verified
     put_aside     [rank 0]   damaged: no checkpoint any more, nothing of it lost
     make_room     [rank 0]   a step that is not committed: whatever is left of it, out of the way
     share         [all]      what this rank has written, brought to where all ranks have it
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from typing import Protocol
 
 from openlm_lite import commit, dist, object_store, remote_checkpoints, storage
@@ -29,12 +31,13 @@ from openlm_lite.commit import (
     check_contents,
     check_sizes,
     encode_commit,
+    read_checked,
     read_commit,
     step_folder_name,
     step_folders,
     write_synced,
 )
-from openlm_lite.errors import RunError
+from openlm_lite.errors import InputError, RunError
 from openlm_lite.remote_lock import RemoteLock
 
 _FETCHED = TEMPORARY + "fetched"
@@ -52,6 +55,7 @@ class Place(Protocol):
     def path_of(self, step: int) -> str: ...
     def is_committed(self, path: str) -> bool: ...
     def commit_of(self, path: str) -> Commit: ...
+    def document(self, found: Commit, name: str) -> str: ...
     def check_sizes(self, found: Commit) -> None: ...
     def make_room(self, path: str) -> None: ...
     def share(self, folder: str, names: list[str], path: str) -> None: ...
@@ -71,6 +75,21 @@ def place_of(root: str, staging: str | None = None, lock: RemoteLock | None = No
     if not storage.is_remote(root):
         return LocalPlace(storage.local_path(root))
     return RemotePlace(root, staging or default_staging(root), lock)
+
+
+def _text(found: Commit, name: str, read: Callable[[Commit, str], bytes]) -> str:
+    """Raises DamagedError, and InputError where there is no such file."""
+    if name not in found.files:
+        raise InputError(f"{found.path}: no {name} in it; it holds {', '.join(found.files)}")
+    try:
+        return read(found, name).decode()
+    except UnicodeDecodeError as problem:
+        raise DamagedError(f"{name}: {problem}") from None
+
+
+def root_of(given: str | None, folder: str) -> str:
+    """Where the run in `folder` keeps its checkpoints, for its checkpoint.dir: a path or a URL."""
+    return given or os.path.join(folder, "checkpoints")
 
 
 def default_staging(root: str) -> str:
@@ -104,6 +123,9 @@ class LocalPlace:
 
     def commit_of(self, path: str) -> Commit:
         return read_commit(path)
+
+    def document(self, found: Commit, name: str) -> str:
+        return _text(found, name, read_checked)
 
     def check_sizes(self, found: Commit) -> None:
         check_sizes(found)
@@ -181,6 +203,9 @@ class RemotePlace:
 
     def commit_of(self, path: str) -> Commit:
         return remote_checkpoints.commit_at(path)
+
+    def document(self, found: Commit, name: str) -> str:
+        return _text(found, name, remote_checkpoints.read_checked_at)
 
     def check_sizes(self, found: Commit) -> None:
         remote_checkpoints.check_stored_sizes(found)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from openlm_lite import dist, storage
-from openlm_lite.commit import step_folders
+from openlm_lite.checkpoint_place import place_of, root_of
 from openlm_lite.errors import InputError, RunError
 from openlm_lite.hf.layouts import parameter_shapes
 from openlm_lite.hf.source import Source, open_source
@@ -142,17 +142,23 @@ def _range_of(word: int | str) -> range | None:
     return range(first, last + 1) if first <= last else None
 
 
-def open_init_source(init: InitFrom, cfg: ModelConfig, folder: Path) -> Source | None:
+def open_init_source(
+    init: InitFrom, cfg: ModelConfig, folder: Path, checkpoint_dir: str | None = None
+) -> Source | None:
     """The model that the run in `folder` starts from, opened and checked to fit `cfg`.
 
-    None for fresh weights, and for a run that has checkpoints: it resumes, and needs no source.
+    checkpoint_dir: checkpoint.dir of the run. None for fresh weights, and for a run that has
+    checkpoints: it resumes, and needs no source.
     Raises InputError that names everything that does not fit; nothing is written here.
     """
-    root = folder / "checkpoints"
-    if init.path is None or (root.is_dir() and step_folders(str(root))):
+    if init.path is None or place_of(root_of(checkpoint_dir, str(folder))).steps():
         return None
+    return _open(init.path, init, cfg)
+
+
+def _open(path: str, init: InitFrom, cfg: ModelConfig) -> Source:
     try:
-        source = open_source(init.path, init.model)
+        source = open_source(path, init.model)
     except InputError as e:
         raise InputError(f"model.init_from: {e}") from None
     source_names(init, cfg, source)
@@ -169,8 +175,10 @@ def first_weights(
     """
 
     def fill() -> Record | None:
-        opened = open_init_source(init, model.cfg, folder) if source is None else source
-        return None if opened is None else inherit(model, init, opened)
+        if init.path is None:
+            return None
+        opened = _open(init.path, init, model.cfg) if source is None else source
+        return inherit(model, init, opened)
 
     def write() -> None:
         if record is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from openlm_lite import run
-from openlm_lite.checkpoint import resolve_checkpoint
-from openlm_lite.commit import COMMIT_NAME, DamagedError, check_contents, read_commit, step_folders
+from openlm_lite import run, storage
+from openlm_lite.checkpoint import checkpoints_of_run
+from openlm_lite.checkpoint_place import Place, place_of
+from openlm_lite.commit import COMMIT_NAME, DamagedError, step_of_folder
 from openlm_lite.data.inspect import inspect_dataset, inspect_step
 from openlm_lite.data.manifest import MANIFEST_NAME
 from openlm_lite.data.sources import open_sources, open_stream
@@ -30,13 +32,16 @@ def inspect_path(
     With `step` (a run only): the rows of the data that this step, from 0, trains on.
     Raises InputError for what is none of the three, or is damaged.
     """
+    if storage.is_remote(path) and step is None:
+        return _inspect_url(path.rstrip("/"), verify, workers, journal)
     folder = Path(path)
     if step is not None and not (folder / "config.yaml").is_file():
         raise InputError(f"{path}: --step needs a run folder (its config.yaml says what is read)")
     if (folder / MANIFEST_NAME).is_file() or folder.name == MANIFEST_NAME:
         return inspect_dataset(path, verify, workers, journal)
     if (folder / COMMIT_NAME).is_file():
-        return _inspect_checkpoint(folder, verify)
+        place = place_of(os.path.dirname(os.path.abspath(path)))
+        return _inspect_checkpoint(place, os.path.abspath(path), verify) | {"path": path}
     if (folder / "config.yaml").is_file():
         return _inspect_run(folder, verify) if step is None else _inspect_batch(folder, step)
     found = "nothing" if not folder.exists() else "none of them"
@@ -46,16 +51,33 @@ def inspect_path(
     )
 
 
-def _inspect_checkpoint(folder: Path, verify: bool) -> dict[str, Any]:
+def _inspect_url(url: str, verify: bool, workers: int, journal: str | None) -> dict[str, Any]:
+    """A dataset, a checkpoint or the checkpoints of a run; to verify one, it is copied here."""
+    root, _, name = url.rpartition("/")
+    if name == MANIFEST_NAME or storage.exists(f"{url}/{MANIFEST_NAME}"):
+        return inspect_dataset(url, verify, workers, journal)
+    if step_of_folder(name) is not None:
+        return _inspect_checkpoint(place_of(root), url, verify)
+    found = _inspect_checkpoints(place_of(url), verify)
+    if not found["checkpoints"]:
+        raise InputError(
+            f"{url}: found none of them; give a dataset (a folder with {MANIFEST_NAME}), "
+            f"checkpoint.dir of a run, or a checkpoint (with {COMMIT_NAME})"
+        )
+    return {"path": url, "verified": verify, **found}
+
+
+def _inspect_checkpoint(place: Place, path: str, verify: bool) -> dict[str, Any]:
     try:
-        commit = read_commit(str(folder))
+        commit = place.commit_of(path)
         if verify:
-            check_contents(commit)
+            place.bring(path, 0, 1, None)
+        has_model = "model.json" in commit.files
+        model = json.loads(place.document(commit, "model.json")) if has_model else {}
     except DamagedError as problem:
-        raise InputError(f"{folder}: {problem}") from None
-    model = json.loads((folder / "model.json").read_text()) if "model.json" in commit.files else {}
+        raise InputError(f"{path}: {problem}") from None
     return {
-        "path": str(folder),
+        "path": path,
         "step": commit.state.step,
         "tokens": commit.state.tokens,
         "next_sample": commit.state.next_sample,
@@ -66,6 +88,24 @@ def _inspect_checkpoint(folder: Path, verify: bool) -> dict[str, Any]:
         **commit.facts,
         "model": model,
     }
+
+
+def _inspect_checkpoints(place: Place, verify: bool) -> dict[str, Any]:
+    """All checkpoints of a place, newest first, and the one that a run there would resume from."""
+    found: list[dict[str, Any]] = []
+    resumes_from: dict[str, str] = {}
+    for path in place.steps():
+        try:
+            commit = place.commit_of(path)
+            place.check_sizes(commit)
+            if verify:
+                place.bring(path, 0, 1, None)
+            found.append({"step": commit.step, "bytes": commit.n_bytes, "whole": True})
+            resumes_from.setdefault("resumes_from", path)
+        except DamagedError as problem:
+            name = path.rsplit("/", 1)[-1]
+            found.append({"step": name, "whole": False, "problem": str(problem)})
+    return {**resumes_from, "checkpoints": found}
 
 
 def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
@@ -79,18 +119,8 @@ def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
             found |= {k: last[k] for k in ("step", "tokens", "train/loss")}
         for record in records:  # the newest value of each source wins
             found |= {k: v for k, v in record.items() if k.startswith("val/")}
-    checkpoints = []
-    for path in step_folders(str(folder / "checkpoints")):
-        try:
-            commit = read_commit(path)
-            if verify:
-                check_contents(commit)
-            checkpoints.append({"step": commit.step, "bytes": commit.n_bytes, "whole": True})
-        except DamagedError as problem:
-            checkpoints.append({"step": Path(path).name, "whole": False, "problem": str(problem)})
-    if checkpoints:
-        found["resumes_from"] = resolve_checkpoint(str(folder))
-    return found | {"verified": verify, "checkpoints": checkpoints}
+    place = place_of(checkpoints_of_run(str(folder)))
+    return found | {"verified": verify, **_inspect_checkpoints(place, verify)}
 
 
 def _inspect_batch(folder: Path, step: int) -> dict[str, Any]:
@@ -105,9 +135,10 @@ def _inspect_batch(folder: Path, step: int) -> dict[str, Any]:
 def _left_out(folder: Path) -> list[Range]:
     """Samples that the run did not train on: by its newest checkpoint, and by its log since."""
     found: list[Range] = []
-    for path in step_folders(str(folder / "checkpoints")):
+    place = place_of(checkpoints_of_run(str(folder)))
+    for path in place.steps():
         try:
-            found += Guard(GuardConfig(), read_commit(path).state.guard, path).left_out
+            found += Guard(GuardConfig(), place.commit_of(path).state.guard, path).left_out
         except DamagedError:
             continue
         break

@@ -24,6 +24,7 @@ import logging
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -278,6 +279,25 @@ def _locked(path: str) -> Iterator[None]:
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def read_checked_at(commit: Commit, name: str) -> bytes:
+    """A small file of the step folder `commit.path` (a URL), compared with its crc32.
+
+    Raises DamagedError where it is absent, or arrives with another checksum again and again.
+    """
+    url = f"{commit.path}/{name}"
+    for _ in range(DAMAGE_TRIES):
+        try:
+            content = object_store.read(url)
+        except retries.DamagedError as problem:
+            raise DamagedError(f"{name}: {problem}") from None
+        if content is None:
+            raise DamagedError(f"{name} is missing")
+        if zlib.crc32(content) == commit.files[name][1]:
+            return content
+        log.warning("reading %s: its crc32 does not fit", url)
+    raise DamagedError(f"{name} was changed: its crc32 does not fit ({DAMAGE_TRIES} times)")
 
 
 # --- putting aside and deleting ------------------------------------------------------------------

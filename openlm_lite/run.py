@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from openlm_lite import config
@@ -172,6 +171,14 @@ def load_run(source: str, words: Sequence[str] = ()) -> RunConfig:
     return config.decode(RunConfig, with_base_model(tree))
 
 
+def parse_run(text: str, origin: str) -> RunConfig:
+    """The run of the text of a resolved config.yaml; `origin` is for the messages."""
+    plain = config.parse_yaml(text, origin)
+    if not isinstance(plain, dict):
+        raise InputError(f"{origin}: holds a {type(plain).__name__}, must hold `key: value` lines")
+    return config.decode(RunConfig, with_base_model(with_init_path(config.to_tree(plain, origin))))
+
+
 def load_model(words: Sequence[str]) -> ModelConfig:
     """An architecture alone, from `model.…=…` words."""
     tree = with_base_model(config.override_tree(words))
@@ -309,13 +316,15 @@ def _may_change(key: str) -> bool:
     return moved or key.startswith(MAY_CHANGE_ON_RESUME)
 
 
-def check_same_run(cfg: RunConfig, folder: Path, allow_change: Sequence[str] = ()) -> list[str]:
-    """What differs from the run in `folder` with permission (`allow_change`), as texts.
+def check_same_run(
+    cfg: RunConfig, there: RunConfig, place: str, setting: str, allow_change: Sequence[str] = ()
+) -> list[str]:
+    """What differs from the run there with permission (`allow_change`), as texts.
 
+    place: where the run `there` was found; setting: run.dir or checkpoint.dir, which led there.
     Raises InputError where something else differs, naming it all.
     """
-    # decoded, so that a field that is newer than the run there has its default
-    old = config.flatten(config.to_plain(load_run(str(folder / "config.yaml"))))
+    old = config.flatten(config.to_plain(there))
     new = config.flatten(config.to_plain(cfg))
     for key in allow_change:
         if not any(config.is_named(known, (key,)) for known in old.keys() | new.keys()):
@@ -334,9 +343,9 @@ def check_same_run(cfg: RunConfig, folder: Path, allow_change: Sequence[str] = (
     if refused:
         flags = " ".join(f"--allow-change {key}" for key in refused)
         raise InputError(
-            f"{folder}: holds a run with another configuration:\n  "
+            f"{place}: holds a run with another configuration:\n  "
             + "\n  ".join(refused.values())
-            + "\nset run.dir to a new folder, go back to the values of the run there, or change it "
-            f"on purpose: {flags}"
+            + f"\nset {setting} to a new folder, go back to the values of the run there, or change "
+            f"it on purpose: {flags}"
         )
     return list(differing.values())

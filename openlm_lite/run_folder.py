@@ -1,6 +1,12 @@
 """The folder of a run: free for it or refused, locked, described.
 
-One run per folder: the lock is the kernel's, which frees it however the process ends.
+One run per folder, and per place of checkpoints: the lock of a folder is the kernel's, which frees
+it however the process ends; that of a URL is in remote_lock.py.
+
+    run.dir           checkpoint.dir      what the run is compared with
+    has metrics       as then             config.yaml of run.dir
+    has metrics       another one         … and of the newest checkpoint, which has to be there
+    empty, absent     has checkpoints     config.yaml of the newest checkpoint (another machine)
 """
 
 from __future__ import annotations
@@ -8,13 +14,13 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from openlm_lite import dist, log, object_store, run, storage, telemetry
-from openlm_lite.checkpoint_place import Place, place_of
-from openlm_lite.commit import DamagedError, TrainState
+from openlm_lite.checkpoint_place import Place, place_of, root_of
+from openlm_lite.commit import Commit, DamagedError, TrainState
 from openlm_lite.data.sources import check_same_data
 from openlm_lite.data.stream import TokenStream
 from openlm_lite.errors import InputError
@@ -27,7 +33,8 @@ STOPPED_NAME = "stopped.json"
 
 def checkpoints_of(cfg: RunConfig, folder: Path) -> str:
     """Where the run's checkpoints are kept, a path or a URL."""
-    return cfg.checkpoint.dir or str(folder / "checkpoints")
+    root = root_of(cfg.checkpoint.dir, str(folder))
+    return object_store.check_url(root) if storage.is_remote(root) else storage.local_path(root)
 
 
 @contextmanager
@@ -47,13 +54,20 @@ def run_folder(
         check_folder(cfg, folder, stream, allow_change)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            locks.append(take_lock(folder))
+            locks.append(take_lock(folder, "run.dir"))
         except OSError as e:
             raise InputError(f"run.dir: {folder} cannot be used: {e.strerror}") from None
         if storage.is_remote(root):
-            lock = RemoteLock(object_store.check_url(root), this_process(str(folder)))
+            lock = RemoteLock(root, this_process(str(folder)))
             lock.take()
             remote_locks.append(lock)
+        else:
+            try:
+                os.makedirs(root, exist_ok=True)
+                if not os.path.samefile(root, folder):
+                    locks.append(take_lock(Path(root), "checkpoint.dir"))
+            except OSError as e:
+                raise InputError(f"checkpoint.dir: {root} cannot be used: {e.strerror}") from None
         # again: another run may have been quicker
         changes = check_folder(cfg, folder, stream, allow_change)
         (folder / STOPPED_NAME).unlink(missing_ok=True)
@@ -82,8 +96,14 @@ def run_folder(
         dist.close()
 
 
-def is_beginning(name: str) -> bool:
-    """What a run that was killed before its config.yaml was there may have left."""
+def is_beginning(path: Path, root: str) -> bool:
+    """What a run that was killed before its config.yaml was there may have left.
+
+    With its checkpoints (`root`), which the run is compared with.
+    """
+    if Path(os.path.abspath(root)).is_relative_to(os.path.abspath(path)):
+        return True
+    name = path.name
     return name in ("lock", "log.txt") or (name.startswith(".") and "config.yaml" in name)
 
 
@@ -95,34 +115,70 @@ def mark_stopped(folder: Path, state: TrainState) -> None:
 def check_folder(
     cfg: RunConfig, folder: Path, stream: TokenStream, allow_change: Sequence[str] = ()
 ) -> list[str]:
-    """What differs, with permission, from the run in `folder`, as texts.
+    """What differs, with permission, from the run in `folder` and its checkpoints, as texts.
 
-    Raises InputError if the folder is not free for this run.
+    Raises InputError if the folder, or the place of the checkpoints, is not free for this run.
     """
-    if not folder.exists():
-        return []
-    if not folder.is_dir():
-        raise InputError(f"run.dir: {folder} is a file, not a folder")
+    root = checkpoints_of(cfg, folder)
+    for name, path in (("run.dir", str(folder)), ("checkpoint.dir", root)):
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise InputError(f"{name}: {path} is a file, not a folder")
+    old_config, metrics_file = folder / "config.yaml", folder / "metrics.jsonl"
+    started = moved = False
     changes: list[str] = []
-    metrics_file = folder / "metrics.jsonl"
-    started = metrics_file.is_file() and metrics_file.stat().st_size > 0
-    if (folder / "config.yaml").is_file():
+    if old_config.is_file():
+        started = metrics_file.is_file() and metrics_file.stat().st_size > 0
         if started:
-            changes += run.check_same_run(cfg, folder, allow_change)
-        place = place_of(checkpoints_of(cfg, folder), str(folder / "checkpoints"))
-        for path in place.steps()[:1]:
-            with suppress(DamagedError):  # latest_checkpoint puts it aside, and tries an older one
-                changes += check_same_data(place.commit_of(path).facts, stream, allow_change)
-    elif others := sorted(p.name for p in folder.iterdir() if not is_beginning(p.name)):
+            there = run.load_run(str(old_config))
+            changes += run.check_same_run(cfg, there, str(folder), "run.dir", allow_change)
+            moved = checkpoints_of(there, folder) != root
+    elif folder.exists():
+        others = sorted(p.name for p in folder.iterdir() if not is_beginning(p, root))
+        if others:
+            raise InputError(
+                f"run.dir: {folder} holds other things ({', '.join(others[:5])}) and no run; "
+                "name a new folder"
+            )
+    place = place_of(root, str(folder / "checkpoints"))
+    newest = newest_readable(place, with_config=moved or not started)
+    if newest is not None:
+        commit, text = newest
+        if text is not None:
+            setting = "checkpoint.dir" if cfg.checkpoint.dir else "run.dir"
+            there = run.parse_run(text, f"{commit.path}/config.yaml")
+            changes += run.check_same_run(cfg, there, commit.path, setting, allow_change)
+        changes += check_same_data(commit.facts, stream, allow_change)
+    elif moved:
+        check_nothing_left_behind(checkpoints_of(there, folder), root)
+    return list(dict.fromkeys(changes))
+
+
+def newest_readable(place: Place, with_config: bool) -> tuple[Commit, str | None] | None:
+    """The newest commit there, and its config.yaml; one that is damaged is put aside later on."""
+    for path in place.steps():
+        try:
+            commit = place.commit_of(path)
+            return commit, place.document(commit, "config.yaml") if with_config else None
+        except DamagedError:
+            continue
+    return None
+
+
+def check_nothing_left_behind(old_root: str, root: str) -> None:
+    """A run whose checkpoints lie elsewhere would begin anew, and its metrics with it."""
+    if steps := place_of(old_root).steps():
         raise InputError(
-            f"run.dir: {folder} holds other things ({', '.join(others[:5])}) and no run; "
-            "name a new folder"
+            f"checkpoint.dir: no checkpoint is in {root}, but this run has some in {old_root} "
+            f"(the newest is {steps[0]}); copy that folder to {root}, go back to "
+            f"checkpoint.dir={old_root}, or set run.dir to a new folder to train from the start"
         )
-    return changes
 
 
-def take_lock(folder: Path) -> IO[str]:
-    """Hold `folder`/lock until the file is closed or the process dies, however it dies."""
+def take_lock(folder: Path, setting: str) -> IO[str]:
+    """Hold `folder`/lock until the file is closed or the process dies, however it dies.
+
+    setting: run.dir or checkpoint.dir, for the messages. Raises InputError where it is held.
+    """
     file = (folder / "lock").open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,13 +187,13 @@ def take_lock(folder: Path) -> IO[str]:
         owner = file.read().strip()
         file.close()
         raise InputError(
-            f"run.dir: {folder} is in use by another run ({owner}); stop it or use another folder"
+            f"{setting}: {folder} is in use by another run ({owner}); stop it or use another folder"
         ) from None
     except OSError as e:
         file.close()
         raise InputError(
-            f"run.dir: {folder} cannot be locked ({e.strerror}); use a file system that has flock "
-            "(Lustre: mounted with -o flock)"
+            f"{setting}: {folder} cannot be locked ({e.strerror}); use a file system that has "
+            "flock (Lustre: mounted with -o flock)"
         ) from None
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")

@@ -6,9 +6,9 @@
 One save at a time: a new one waits for the one before. The copies need as much memory of the host
 as the rank's share of the checkpoint, and keep it; on a GPU they are pinned.
 
-A periodic save that fails (a full disk, an outage) leaves the earlier checkpoints as they were; it
-is told, and training goes on. After `checkpoint.max_failures` of them in a row the run ends: it
-would train for nothing. A save at a stop or at the end must succeed.
+A periodic save that fails (a full disk, an outage, a refusal of the store) leaves the earlier
+checkpoints as they were; it is told, and training goes on. After `checkpoint.max_failures` of them
+in a row the run ends: it would train for nothing. A save at a stop or at the end must succeed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from openlm_lite.checkpoint import (
     write_checkpoint,
 )
 from openlm_lite.checkpoint_place import Place
+from openlm_lite.errors import InputError
 from openlm_lite.safe_dcp import Optimizers
 
 
@@ -173,8 +174,12 @@ class _Save(threading.Thread):
         self._seconds = time.monotonic() - self.started
 
     def outcome(self) -> Saved:
-        """Raises what is no failure of the saving itself, such as the loss of another rank."""
-        if self._error is not None and not isinstance(self._error, CheckpointError):
+        """Raises what is no failure of the saving itself, such as the loss of another rank.
+
+        An InputError is one: the store refuses (credentials that have expired, a right withdrawn),
+        which can be mended while training goes on.
+        """
+        if self._error is not None and not isinstance(self._error, CheckpointError | InputError):
             raise self._error
         problem = "" if self._error is None else str(self._error)
         return Saved(self._state, self._path, problem, self._seconds, self.stalled_seconds)

@@ -5,11 +5,12 @@ forks the ranks of every request. The ranks meet through a TCP store on loopback
 Requests and answers are JSON lines on standard input and output:
 
     {"words": ["recipe.yaml", "a.b=c"], "world": 2, "kill": {"rank": 1, "event": 17},
-     "log": "FILE"}
+     "log": "FILE", "faults": […], "patience": 0.2}
     -> {"codes": [0, -9], "events": [40, 17]}
 
 An event is one call of an instrumented function (optimizer step, log record, file of a checkpoint,
-commit, …); the rank kills itself with SIGKILL when it has counted to `event`.
+commit, …); the rank kills itself with SIGKILL when it has counted to `event`. Other faults are
+those of tests/run_faults.py. When one rank dies, the others have `patience` seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ class TrainServer:
         world: int = 1,
         kill: tuple[int, int] | None = None,
         log: Path | None = None,
+        faults: Sequence[dict[str, Any]] = (),
+        patience: float = 0.2,
     ) -> dict[str, Any]:
         """Run the ranks to their end; exit codes (negative: the signal) and events per rank."""
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -63,6 +67,8 @@ class TrainServer:
             "world": world,
             "kill": None if kill is None else {"rank": kill[0], "event": kill[1]},
             "log": None if log is None else str(log),
+            "faults": list(faults),
+            "patience": patience,
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -98,22 +104,28 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
             _be_rank(request, rank, port, write_end)
         pids.append(pid)
     os.close(write_end)
-    codes = _wait(pids)
+    codes = _wait(pids, request["patience"])
     with os.fdopen(read_end) as pipe:
         counts = dict(json.loads(line) for line in pipe)
     return {"codes": codes, "events": [counts.get(r, -1) for r in range(request["world"])]}
 
 
-def _wait(pids: list[int]) -> list[int]:
+def _wait(pids: list[int], patience: float) -> list[int]:
     """Exit codes in order; when one rank dies the others are killed, as torchrun does."""
     codes: dict[int, int] = {}
+    kill_at = float("inf")
     while len(codes) < len(pids):
-        pid, status = os.waitpid(-1, 0)
-        codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid] not in (0, 75):
-            time.sleep(0.2)
+        pid, status = os.waitpid(-1, 0 if kill_at == float("inf") else os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid] not in (0, 75):
+                kill_at = min(kill_at, time.monotonic() + patience)
+        elif time.monotonic() < kill_at:
+            time.sleep(0.01)
+        else:
             for other in set(pids) - set(codes):
                 os.kill(other, signal.SIGKILL)
+            kill_at = float("inf")
     return [codes[pid] for pid in pids]
 
 
@@ -133,6 +145,10 @@ def _be_rank(request: dict[str, Any], rank: int, port: int, report: int) -> None
     code = 1
     try:
         events.instrument()
+        if request["faults"]:
+            from tests.run_faults import inject
+
+            inject(request["faults"], rank)
         from openlm_lite.cli import main
 
         code = main(["train", *request["words"]])
