@@ -19,7 +19,7 @@ from typing import Any
 
 from openlm_lite import cli_data, redact
 from openlm_lite.cli_data import print_result
-from openlm_lite.errors import InputError, RelayedError, RunError
+from openlm_lite.errors import InputError, RelayedError, RunError, SharedError
 
 FAILED, BAD_INPUT = 1, 2
 
@@ -65,8 +65,9 @@ def _report(error: Exception) -> None:
     rank = os.environ.get("RANK", "0")
     our_dist = sys.modules.get("openlm_lite.dist")
     met = our_dist is not None and our_dist.has_met
-    if isinstance(error, RelayedError) or (rank != "0" and not met):
-        return  # before the ranks have met, they all found the same
+    alike = not met or isinstance(error, SharedError)  # before they have met, all found the same
+    if isinstance(error, RelayedError) or (rank != "0" and alike):
+        return
     where = "" if rank == "0" else f"rank {rank}: "
     print(f"openlm: {where}{error}", file=sys.stderr, flush=True)
 

@@ -18,3 +18,7 @@ class RunError(Exception):
 
     The message says what happened and what to do; what was saved before is whole.
     """
+
+
+class SharedError(RunError):
+    """A RunError that every rank raises alike: rank 0 reports it."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from openlm_lite.errors import InputError, RunError
+from openlm_lite.errors import InputError, SharedError
 
 _LEAST_STD = 1e-3  # of the mean loss: where nothing varies, rounding must not be a spike
 _LEAST_LOG_RISE = math.log(10)  # of the gradient norm: healthy runs had steps of 7 times
@@ -35,11 +35,11 @@ Range = tuple[int, int]
 """samples [first, end)"""
 
 
-class NonFiniteError(RunError):
+class NonFiniteError(SharedError):
     """The loss or the gradient is NaN or infinite; the weights were not touched."""
 
 
-class SpikeError(RunError):
+class SpikeError(SharedError):
     """More spikes than the run may leave out or undo; the weights were not touched."""
 
 

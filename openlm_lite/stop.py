@@ -106,9 +106,9 @@ class StopRequest:
         if not self.listens:
             return
         self.listens = False
-        if self.requested:
-            # Slurm and torchrun ask twice; the second one must not kill the exit with code 75.
-            atexit.register(_ignore_requests)
+        # The interpreter's end takes a second with torch. Slurm and torchrun ask twice, and a run
+        # that is done may be asked just then: neither must change the exit code.
+        atexit.register(_ignore_requests)
         for number, handler in self._before.items():
             signal.signal(number, _DEFAULT if handler is None else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
