@@ -49,7 +49,7 @@ from openlm_lite.commit import (
     write_synced,
 )
 from openlm_lite.dist import Group
-from openlm_lite.errors import InputError, RunError
+from openlm_lite.errors import InputError, RunError, SharedError
 from openlm_lite.safe_dcp import (
     METADATA_NAME,
     Optimizers,
@@ -73,7 +73,7 @@ _FREE_SPACE_FACTOR = 1.2
 T = TypeVar("T")
 
 
-class CheckpointError(RunError):
+class CheckpointError(SharedError):
     """Saving (or reading) failed; every rank raises it, and what was committed is as it was."""
 
 

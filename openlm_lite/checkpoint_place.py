@@ -142,7 +142,7 @@ class LocalPlace:
             check_sizes(written)
         except DamagedError as problem:
             raise RunError(
-                f"{written.path}: {problem}, as rank 0 sees it; the run folder must lie on storage "
+                f"{written.path}: {problem}, as rank 0 sees it; checkpoint.dir must lie on storage "
                 "that all ranks share"
             ) from None
         write_synced(os.path.join(written.path, COMMIT_NAME), encode_commit(written))

@@ -75,7 +75,9 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
     train_sets, val_sets = open_sources(cfg.data, cfg.model.vocab_size)
     stream = open_stream(cfg.data, train_sets, cfg.steps * cfg.global_batch_tokens)
     folder = Path(cfg.run.dir).expanduser()
-    source = open_init_source(cfg.model.init_from, cfg.model.architecture, folder)
+    source = open_init_source(
+        cfg.model.init_from, cfg.model.architecture, folder, cfg.checkpoint.dir
+    )
     make_deterministic(cfg)
 
     with ExitStack() as at_end:

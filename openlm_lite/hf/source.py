@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from openlm_lite import storage
 from openlm_lite.checkpoint import read_document, resolve_checkpoint
 from openlm_lite.commit import COMMIT_NAME, read_commit
 from openlm_lite.config import (
@@ -66,9 +67,7 @@ def open_source(path: str, model: str | None = None) -> Source:
     `model` is needed where nothing beside the weights says what they are, and refused elsewhere.
     Raises InputError for what is not there, not whole, or not an architecture of ours.
     """
-    if "://" in path:
-        raise InputError(f"{path}: models are read from local folders; copy it there first")
-    path = os.path.expanduser(path)
+    path = resolve_checkpoint(path) if storage.is_remote(path) else storage.local_path(path)
     if not os.path.exists(path):
         raise InputError(
             f"{path}: found nothing; give a run, a checkpoint, a Hugging Face folder or a file of "
