@@ -13,7 +13,7 @@ STAMP = .venv/installed-$(1)
 # each test process uses one thread
 WORKERS := -n auto --maxprocesses=8
 
-.PHONY: quickstart test slow slurm check clean
+.PHONY: quickstart test slow fault slurm check clean
 
 quickstart: $(call STAMP,quickstart)
 	examples/quickstart.sh
@@ -22,7 +22,11 @@ test: $(call STAMP,dev)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) $(ARGS)
 
 slow: $(call STAMP,dev)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not slurm' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not fault and not slurm' $(ARGS)
+
+# the slower of the tests with real kills, full disks and servers that fail
+fault: $(call STAMP,dev)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'slow and fault and not slurm' $(ARGS)
 
 slurm: $(call STAMP,dev)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm $(ARGS)

@@ -90,7 +90,7 @@ LONGER = ["total_steps=160", "checkpoint.every_steps=1", "eval.every_steps=0", "
 
 @pytest.mark.parametrize(
     ("steps", "kills"),
-    [(24, 6), pytest.param(160, 100, marks=pytest.mark.slow)],
+    [(16, 3), pytest.param(160, 100, marks=pytest.mark.slow)],
 )
 def test_random_kills_at_random_world_sizes_change_no_batch_and_hardly_the_loss(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path, steps: int, kills: int
