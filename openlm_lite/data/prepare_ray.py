@@ -26,10 +26,10 @@ _TASKS_PER_WORKER = 2  # in flight: one runs, one waits
 
 @contextmanager
 def cluster(address: str | None, workers: int) -> Iterator[None]:
-    """Be connected to Ray: as the caller already is, else to `address`, else as Ray itself decides.
+    """Be connected to Ray: as the caller already is, else to `address`, else to RAY_ADDRESS.
 
-    Ray takes RAY_ADDRESS, then a cluster that runs on this machine, then starts a local one of
-    `workers` CPUs (0: all cores). Raises InputError where Ray is absent or does not answer.
+    Where none is named, a cluster of `workers` CPUs (0: all cores) is started here for as long as
+    it takes. Raises InputError where Ray is absent or does not answer.
     """
     try:
         import ray
@@ -97,6 +97,8 @@ def _knock(address: str) -> None:
 def _connect(ray: Any, address: str | None, workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a tool of ours tells nobody
     quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "warning"}
+    # not Ray's own default, which joins what it finds here: another user's, or one that has ended
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, num_cpus=workers or None, **quiet)
     except ValueError:  # num_cpus is only for a cluster that is started here
