@@ -28,7 +28,8 @@ def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Ray's own modules
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "warning"}
+        ray.init(address="local", num_cpus=2, **quiet)
     yield
     ray.shutdown()
 
