@@ -144,6 +144,11 @@ def read_commit(path: str) -> Commit:
             content = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{COMMIT_NAME} is missing: saving was not completed") from None
+    return parse_commit(content, path)
+
+
+def parse_commit(content: bytes, path: str) -> Commit:
+    """What COMMIT.json of `path`, a folder or a URL of a step, says. Raises as `read_commit`."""
     try:
         body = json.loads(content)
         body.pop("crc32")
@@ -154,8 +159,8 @@ def read_commit(path: str) -> Commit:
         raise DamagedError(f"{COMMIT_NAME} was changed: its checksum does not fit")
     if body.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"{place}: format_version {body.get('format_version')!r}; this version of openlm_lite "
-            f"reads {FORMAT_VERSION}: update openlm_lite"
+            f"{path}/{COMMIT_NAME}: format_version {body.get('format_version')!r}; this version of "
+            f"openlm_lite reads {FORMAT_VERSION}: update openlm_lite"
         )
     try:
         commit = Commit(

@@ -23,7 +23,6 @@ import fcntl
 import logging
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +36,7 @@ from openlm_lite.commit import (
     check_contents,
     check_sizes,
     crc32_of_file,
+    parse_commit,
     read_commit,
     step_folder_name,
     step_of_folder,
@@ -98,23 +98,12 @@ def _checked_text(url: str) -> tuple[Commit, bytes]:
     for number in range(1, DAMAGE_TRIES + 1):
         text = read_commit_text(url)
         try:
-            return _parsed(text, url), text
+            return parse_commit(text, url), text
         except DamagedError as problem:
             if number == DAMAGE_TRIES:
                 raise
             log.warning("%s: %s (attempt %d)", url, problem, number)
     raise AssertionError("unreachable")
-
-
-def _parsed(text: bytes, url: str) -> Commit:
-    name = url.rsplit("/", 1)[-1]
-    with tempfile.TemporaryDirectory(prefix="openlm_lite-") as folder:
-        path = os.path.join(folder, name)
-        os.mkdir(path)
-        with open(os.path.join(path, COMMIT_NAME), "wb") as file:
-            file.write(text)
-        commit = read_commit(path)
-    return Commit(url, commit.state, commit.world_size, commit.facts, commit.files)
 
 
 def check_stored_sizes(commit: Commit) -> None:

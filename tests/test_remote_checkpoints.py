@@ -6,6 +6,7 @@ request and long random histories on a store in memory, which is quick.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from openlm_lite import commit as commit_module
 from openlm_lite import object_store, remote
 from openlm_lite import remote_checkpoints as rc
 from openlm_lite.checkpoint_place import LocalPlace, RemotePlace, place_of
@@ -68,6 +70,18 @@ def test_what_is_saved_is_listed_and_fetched_with_the_same_bytes(s3: Rules, tmp_
     rc.delete(url)
     assert rc.committed_steps(ROOT) == [100_000_000, 2]
     assert not [name for name in objects() if name.startswith("step_00000010/")]
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_by_its_url(
+    memory: Memory, tmp_path: Path
+) -> None:
+    url = save(1, tmp_path / "new")
+    body = json.loads(rc.read_commit_text(url))
+    del body["crc32"]
+    newer = commit_module._sealed(body | {"format_version": 99})
+    object_store.put(f"{url}/{COMMIT_NAME}", newer.encode())
+    with pytest.raises(InputError, match=rf"^{url}/COMMIT.json: format_version 99; .*update"):
+        rc.commit_at(url)
 
 
 @pytest.mark.slow
