@@ -88,6 +88,11 @@ class Dataset:
         """Rows of `seq_len` tokens in one epoch."""
         return self.n_blocks * self.rows_per_block(seq_len)
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether `want` has a meaning: shards are here only after some work."""
+        return self.remote is not None
+
     def want(self, shards: Sequence[int]) -> None:
         """Say which shards are read next, the next first; errors are raised by `blocks`.
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from openlm_lite.data.order import distinct
 from openlm_lite.errors import InputError
 
 MAX_PERIOD = 100_000
@@ -115,7 +116,7 @@ class Mixture:
         indices = np.asarray(indices, dtype=np.int64)
         phases = np.searchsorted(self._starts, indices, side="right") - 1
         source, number = np.empty_like(indices), np.empty_like(indices)
-        for p in np.unique(phases).tolist():
+        for p in distinct(phases):
             here = phases == p
             source[here], number[here] = self._patterns[p].locate(indices[here] - self._starts[p])
             number[here] += self._before[p][source[here]]

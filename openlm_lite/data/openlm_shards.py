@@ -84,6 +84,11 @@ class OpenLMDataset(Dataset):
     _ahead: Sequence[int] = ()
     _thread: threading.Thread | None = None
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Always: a shard is decoded before it is read."""
+        return True
+
     def want(self, shards: Sequence[int]) -> None:
         """Have these shards fetched and decoded meanwhile, the next first.
 

@@ -17,16 +17,16 @@ import sys
 import threading
 import zlib
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from openlm_lite.data.dataset import BadShardError, Dataset
-from openlm_lite.data.manifest import DatasetInfo
 from openlm_lite.data.masks import IGNORE_INDEX, MaskConfig, apply_masks
 from openlm_lite.data.mixture import Mixture
-from openlm_lite.data.order import RowOrder
+from openlm_lite.data.order import RowOrder, distinct
 from openlm_lite.data.shards import npy_dtype
 from openlm_lite.errors import InputError
 
@@ -79,7 +79,7 @@ class SourceRows:
         starts = parts * self.seq_len
         opened: dict[int, np.ndarray] = {}
         bad: list[BadShardError] = []
-        for shard in np.unique(shards).tolist():
+        for shard in distinct(shards):
             if shard in known_bad:
                 continue
             try:
@@ -167,6 +167,8 @@ class TokenStream:
 
     def want(self, indices: np.ndarray) -> None:
         """Have the shards of these samples, and those that follow them, fetched meanwhile."""
+        if not any(source.dataset.reads_ahead for source in self.sources):
+            return
         source, number = self._of_sources(indices)
         for s in self._sources_in(source):
             rows = self.sources[s]
@@ -188,7 +190,7 @@ class TokenStream:
         return self.mixture.locate(indices)
 
     def _sources_in(self, source: np.ndarray) -> list[int]:
-        return [0] if len(self.sources) == 1 else np.unique(source).tolist()
+        return [0] if len(self.sources) == 1 else distinct(source)
 
     def _meet(self, s: int, error: BadShardError) -> None:
         if len(self.bad_shards) >= self.max_bad_shards:
@@ -224,22 +226,26 @@ def train_batches(
             f"rank {rank} of {world_size} cannot share batches of {global_batch} rows from sample "
             f"{first_sample}; needed: 0 <= rank < world size <= rows per global batch"
         )
-    batches = _read_train(stream, first_sample, global_batch, rank, world_size, masks)
-    return _in_background(batches, prefetch) if prefetch > 0 else batches
+    reads = _read_train(stream, first_sample, global_batch, rank, world_size)
+    if prefetch > 0:
+        reads = _in_background(reads, prefetch)
+    return _batches_of(reads, stream, masks)
+
+
+class _Read(NamedTuple):
+    """The rows of a batch as they lie in the shards: a quarter of the batch's memory."""
+
+    rows: np.ndarray  # [rows of this rank, seq_len + 1], in the dtype of the shards
+    counts: np.ndarray | None  # see TokenStream.read
+    places: Origin
+    first_index: int
 
 
 def _read_train(
-    stream: TokenStream,
-    first: int,
-    global_batch: int,
-    rank: int,
-    world_size: int,
-    masks: MaskConfig,
-) -> Generator[Batch]:
+    stream: TokenStream, first: int, global_batch: int, rank: int, world_size: int
+) -> Generator[_Read]:
     mine = np.arange(rank, global_batch, world_size)
     together = max(1, _PLACES_AT_ONCE // len(mine))
-    info = stream.sources[0].dataset.info
-    arrays = _Arrays()
     while True:
         firsts = first + global_batch * np.arange(together)
         indices = (firsts[:, None] + mine).reshape(-1)
@@ -248,7 +254,7 @@ def _read_train(
         for i, batch_first in enumerate(firsts.tolist()):
             part = slice(i * len(mine), (i + 1) * len(mine))
             here = Origin(*(column[part] for column in places))
-            yield _batch(stream, here, batch_first, masks, info, arrays)
+            yield _Read(*stream.read(here), here, batch_first)
         first += global_batch * together
 
 
@@ -283,23 +289,23 @@ class _Arrays:
         return torch.from_numpy(array)
 
 
-def _batch(
-    stream: TokenStream,
-    places: Origin,
-    first_index: int,
-    masks: MaskConfig,
-    info: DatasetInfo,
-    arrays: _Arrays,
-) -> Batch:
-    rows, counts = stream.read(places)
-    # widened only here, into the two tensors: twice as fast as gathering int64 rows
-    tokens_BT, targets_BT = arrays.holding(rows[:, :-1]), arrays.holding(rows[:, 1:])
-    packed_B = stream.packed[torch.from_numpy(places.source)] if stream.packed.any() else False
-    masked = apply_masks(tokens_BT, targets_BT, masks, info.tokenizer.eot_id, packed=packed_B)
-    if counts is not None:
-        masked.targets_BT[torch.from_numpy(~counts)] = IGNORE_INDEX
-    sources = torch.from_numpy(places.source) if len(stream.sources) > 1 else None
-    return Batch(*masked, first_index, sources, checksum_of(rows))
+def _batches_of(
+    reads: Generator[_Read], stream: TokenStream, masks: MaskConfig
+) -> Generator[Batch]:
+    """The batches; widened here, beside the thread that reads: a third faster than in it."""
+    eot_id = stream.sources[0].dataset.info.tokenizer.eot_id
+    any_packed = bool(stream.packed.any())
+    arrays = _Arrays()
+    with closing(reads):
+        for rows, counts, places, first_index in reads:
+            # widened only now, into the two tensors: twice as fast as gathering int64 rows
+            tokens_BT, targets_BT = arrays.holding(rows[:, :-1]), arrays.holding(rows[:, 1:])
+            packed_B = stream.packed[torch.from_numpy(places.source)] if any_packed else False
+            masked = apply_masks(tokens_BT, targets_BT, masks, eot_id, packed=packed_B)
+            if counts is not None:
+                masked.targets_BT[torch.from_numpy(~counts)] = IGNORE_INDEX
+            sources = torch.from_numpy(places.source) if len(stream.sources) > 1 else None
+            yield Batch(*masked, first_index, sources, checksum_of(rows))
 
 
 def checksum_of(rows: np.ndarray) -> int:
@@ -307,12 +313,14 @@ def checksum_of(rows: np.ndarray) -> int:
 
     The first ids tell rows apart, and each shard's own crc32 vouches for the rest of them.
     """
-    return sum(map(zlib.crc32, np.ascontiguousarray(rows[:, :_CHECKSUM_IDS])))
+    first = rows[:, :_CHECKSUM_IDS]
+    content, size = first.tobytes(), first.shape[1] * first.itemsize
+    return sum(zlib.crc32(content[start : start + size]) for start in range(0, len(content), size))
 
 
-def _in_background(batches: Iterator[Batch], prefetch: int) -> Generator[Batch]:
-    """Run `batches`, endless, in a thread that stays at most `prefetch` items ahead."""
-    ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+def _in_background(reads: Iterator[_Read], prefetch: int) -> Generator[_Read]:
+    """Run `reads`, endless, in a thread that stays at most `prefetch` items ahead."""
+    ready: queue.SimpleQueue[_Read | BaseException] = queue.SimpleQueue()
     room: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for every item that may be read
     ended = threading.Event()
     for _ in range(prefetch):
@@ -324,7 +332,7 @@ def _in_background(batches: Iterator[Batch], prefetch: int) -> Generator[Batch]:
                 room.get()
                 if ended.is_set():
                     return
-                ready.put(next(batches))
+                ready.put(next(reads))
         except BaseException as e:
             ready.put(e)  # for the consumer to raise
 

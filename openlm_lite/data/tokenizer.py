@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -146,7 +147,11 @@ class TiktokenCoder:
         return self.bpe.describe()
 
     def to_json(self) -> str:
-        return to_tokenizer_json(self.bpe)
+        return self._json
+
+    @functools.cached_property
+    def _json(self) -> str:
+        return to_tokenizer_json(self.bpe)  # takes a second for 50,000 ids
 
 
 class JsonCoder:
