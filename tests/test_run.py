@@ -16,7 +16,7 @@ from openlm_lite.model.config import ModelConfig
 from openlm_lite.optim.schedule import lr_at
 from openlm_lite.run import derived, load_model, load_run
 
-RECIPES = sorted(p.stem for p in config.assets("recipes").glob("*.yaml"))
+RECIPES = sorted(p.stem for p in config.assets("recipes").glob("*.yaml") if p.stem != "ladder")
 ARCHITECTURES = sorted(p.stem for p in config.assets("model_configs").glob("*.json"))
 
 
