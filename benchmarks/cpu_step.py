@@ -26,6 +26,7 @@ import torch
 from openlm_lite import dist
 from openlm_lite.data.stream import Batch
 from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.loss import LossConfig
 from openlm_lite.optim.build import OptimConfig, build_optimizer, clip_gradients
 from openlm_lite.parallel import ParallelConfig, build_sharded_model
 from openlm_lite.train import agree_on, forward_backward
@@ -42,11 +43,13 @@ def ours(vocab: int, rows: torch.Tensor, world: dist.World, compiled: bool) -> S
     mesh = dist.data_parallel_mesh(world)
     model = build_sharded_model(cfg, mesh, parallel, world.device, seed=0)
     optim = OptimConfig(lr=1e-3)
-    optimizer = build_optimizer(model, optim)
+    (optimizer,) = build_optimizer(model, optim)
     batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None, 0)
 
     def step() -> None:
-        forward_backward(model, batch, 1, 0.0, world, agree_on(batch, world, False).n_targets)
+        forward_backward(
+            model, batch, 1, LossConfig(), world, agree_on(batch, world, False, False).n_targets
+        )
         clip_gradients(model, optim.grad_clip).item()
         optimizer.step()
         optimizer.zero_grad()

@@ -17,23 +17,32 @@ from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.transformer import Transformer
 
 
-def init_std(cfg: ModelConfig, name: str) -> float:
+def init_std(cfg: ModelConfig, name: str, base_width: int | None = None) -> float:
     """Standard deviation before the cut, of the matrix `name`.
 
     Embedding, head and everything that reads the residual stream: 1/sqrt(D). What writes to it in
     block l (from 0): 1/sqrt(fan_in) / sqrt(2 (l + 1)), so that early blocks write more. OpenLM
     uses 1/sqrt(D) for `wo`, whatever its fan-in.
+
+    With a `base_width`, µP's (arXiv:2203.03466, Table 3): embeddings 1/sqrt(base) at every width,
+    the head 1/sqrt(D) sqrt(base/D), the blocks as always. The same at D = base.
     """
+    ratio = 1.0 if base_width is None else base_width / cfg.d_model
     if name.endswith(("wo.weight", "w_down.weight")):
         layer = int(name.split(".")[1])
         fan_in = cfg.d_ff if name.endswith("w_down.weight") else cfg.d_model
         return 1.0 / math.sqrt(fan_in) / math.sqrt(2 * (layer + 1))
-    return 1.0 / math.sqrt(cfg.d_model)
+    if "embedding" in name:
+        return 1.0 / math.sqrt(cfg.d_model) / math.sqrt(ratio)
+    return 1.0 / math.sqrt(cfg.d_model) * (math.sqrt(ratio) if name == "output.weight" else 1.0)
 
 
 @torch.no_grad()
-def init_weights(model: Transformer, seed: int) -> None:
-    """Fill every parameter: normal values cut at 3 standard deviations, gains 1, biases 0."""
+def init_weights(model: Transformer, seed: int, base_width: int | None = None) -> None:
+    """Fill every parameter: normal values cut at 3 standard deviations, gains 1, biases 0.
+
+    base_width: of µP (`init_std`); None is the standard parametrisation.
+    """
     for name, parameter in model.named_parameters():
         # activation checkpointing wraps a block, which shows in the names of its parameters
         name = name.replace("_checkpoint_wrapped_module.", "")
@@ -42,7 +51,8 @@ def init_weights(model: Transformer, seed: int) -> None:
         elif "norm" in name:
             parameter.fill_(1.0)
         else:
-            copy_shard(parameter, _draw(name, parameter, init_std(model.cfg, name), seed))
+            std = init_std(model.cfg, name, base_width)
+            copy_shard(parameter, _draw(name, parameter, std, seed))
 
 
 def _draw(name: str, like: nn.Parameter, std: float, seed: int) -> Tensor:

@@ -9,7 +9,7 @@ are kept. The backward pass scales them. Each logit is computed once (no recompu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class LossConfig:
     """What is minimised: cross entropy, and z_loss * mean(logsumexp(logits)^2)."""
 
     z_loss: float = 0.0
+    z_loss_over: Literal["positions", "targets"] = "positions"
+    """of which the mean is taken: all positions (OpenLM), or those whose target counts"""
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
@@ -39,7 +41,8 @@ class LossSums(NamedTuple):
     ce: Tensor
     """sum of -log p(target) over the targets, nats"""
     z: Tensor
-    """sum of logsumexp(logits)^2 over all positions, as OpenLM takes it (0 without z-loss)"""
+    """sum of logsumexp(logits)^2 over all positions, as OpenLM takes it, or over the targets
+    (0 without z-loss)"""
     n_targets: Tensor
     """number of targets that are not IGNORE_INDEX"""
     ce_N: Tensor
@@ -61,18 +64,20 @@ def linear_cross_entropy(
     targets_N: Tensor,
     *,
     z_weight: float | Tensor = 0.0,
+    z_over_targets: bool = False,
     chunk_tokens: int | None = None,
 ) -> LossSums:
     """Cross entropy of softmax(hidden @ weight.T) against `targets_N`, summed, in chunks.
 
     The logits are computed in the dtype of `hidden_ND` and reduced in fp32. With a `z_weight` the
-    z-loss joins in (PaLM, arXiv:2204.02311, section 5).
+    z-loss joins in (PaLM, arXiv:2204.02311, section 5), summed over all positions or, with
+    `z_over_targets`, without the ignored ones.
     """
     chunk = chunk_tokens or default_chunk_tokens(weight_VD.shape[0], hidden_ND.device)
     # grad mode is always off inside a Function's forward, so it is asked here
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     total, ce_N, z = _LinearCrossEntropy.apply(
-        hidden_ND, weight_VD, targets_N, z_weight, chunk, needs_grad
+        hidden_ND, weight_VD, targets_N, z_weight, z_over_targets, chunk, needs_grad
     )
     return LossSums(total, ce_N.sum(), z, (targets_N != IGNORE_INDEX).sum(), ce_N)
 
@@ -91,6 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         z_weight: float | Tensor,
+        z_over_targets: bool,
         chunk: int,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,6 +116,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_logp = logp.gather(1, index)
             ce[rows] = torch.where(kept, -target_logp.squeeze(1), 0.0)
             lse = target_logit - target_logp
+            if z_over_targets:
+                lse = torch.where(kept.unsqueeze(1), lse, 0.0)
             if has_z:
                 z += lse.square().sum()
             if grad_h is None or grad_w is None:
@@ -140,7 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             (grad_h * scale).to(grad_h.dtype),
             (grad_w * scale).to(grad_w.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 

@@ -98,6 +98,7 @@ class Transformer(nn.Module):
         targets_BT: Tensor | None = None,
         *,
         z_weight: float | Tensor = 0.0,
+        z_over_targets: bool = False,
         cache: KVCache | None = None,
         doc_ids_BT: Tensor | None = None,
     ) -> Tensor | LossSums:
@@ -140,5 +141,9 @@ class Transformer(nn.Module):
         if targets_BT is None:
             return (x_BTD @ self.head_weight_VD.t()).float()
         return linear_cross_entropy(
-            x_BTD.flatten(0, 1), self.head_weight_VD, targets_BT.flatten(), z_weight=z_weight
+            x_BTD.flatten(0, 1),
+            self.head_weight_VD,
+            targets_BT.flatten(),
+            z_weight=z_weight,
+            z_over_targets=z_over_targets,
         )

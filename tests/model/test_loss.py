@@ -48,6 +48,25 @@ def test_value_and_gradients_equal_the_plain_loss(
         assert (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max().item())
 
 
+@given(ignored=st.floats(0, 0.9), chunk=st.integers(1, 25), seed=st.integers(0, 2**31))
+def test_z_loss_over_targets_is_that_of_the_rows_that_count(
+    ignored: float, chunk: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(20, 8, generator=g, dtype=torch.float64).requires_grad_()
+    w = torch.randn(9, 8, generator=g, dtype=torch.float64).requires_grad_()
+    y = torch.randint(9, (20,), generator=g)
+    y[torch.rand(20, generator=g) < ignored] = IGNORE_INDEX
+    kept = y != IGNORE_INDEX
+    expected = torch.autograd.grad(plain(h[kept], w, y[kept], 0.3), (h, w))
+    sums = linear_cross_entropy(h, w, y, z_weight=0.3, z_over_targets=True, chunk_tokens=chunk)
+    found = torch.autograd.grad(sums.total, (h, w))
+    z = (h[kept] @ w.t()).logsumexp(-1).square().sum()
+    assert sums.z.item() == pytest.approx(z.item(), rel=1e-5, abs=1e-5)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max().item())
+
+
 def test_gradients_scale_with_what_arrives() -> None:
     h, w = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     y = torch.arange(6)

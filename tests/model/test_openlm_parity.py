@@ -66,13 +66,13 @@ def test_ten_optimizer_steps_equal_openlm(shared_data: Path) -> None:
     h = log["hparams"]
     model = reference.load_model(folder / "dclm", "../train10/init.safetensors")
     optim = OptimConfig(lr=h["lr"], weight_decay=h["wd"], decay="all", grad_clip=h["clip"])
-    optimizer = build_optimizer(model, optim)
+    (optimizer,) = build_optimizer(model, optim)
     schedule = ScheduleConfig("cosine", warmup_steps=h["warmup"], end_lr=h["min_lr"])
     tokens = load_file(folder / "train10" / "tokens.safetensors")["tokens"]
     for step, expected in enumerate(log["steps"]):
         lr = lr_at(step, h["total_steps"], h["lr"], schedule)
         assert lr == pytest.approx(expected["lr"], rel=1e-12)
-        set_lr(optimizer, lr)
+        set_lr((optimizer,), lr)
         sums = model(tokens[step, :, :-1], tokens[step, :, 1:], z_weight=h["z_loss"])
         loss = sums.total / sums.n_targets
         assert loss.item() == pytest.approx(expected["loss_with_z"], abs=1e-5)
