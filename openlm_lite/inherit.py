@@ -6,22 +6,25 @@
     layers: [0-3, new]     ->   0 1 2 3 *      growth; * keeps its fresh initialisation
     no layers              ->   0 1 2 3        continued pretraining
 
-Only weights are taken: optimizer, step, schedule and data begin anew. Growing further is another
-run with a larger map.
+Optimizer, step, schedule and data begin anew, unless `optimizer` and `data` say otherwise
+(branch.py). Growing further is another run with a larger map.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from openlm_lite import dist, storage
+from openlm_lite import dist, lineage, storage
+from openlm_lite.checkpoint import checkpoints_of_run
 from openlm_lite.checkpoint_place import place_of, root_of
+from openlm_lite.commit import step_folder_name, step_folders, step_of_folder
 from openlm_lite.errors import InputError, RunError
 from openlm_lite.hf.layouts import parameter_shapes
 from openlm_lite.hf.source import Source, open_source
@@ -35,6 +38,7 @@ Record = dict[str, Any]
 RECORD_NAME = "init_from.json"
 NEW = "new"
 _RANGE = re.compile(r"([0-9]{1,6})-([0-9]{1,6})")
+_AT_STEP = re.compile(r"(.+)@([0-9]{1,12})")
 
 # Which switch of InitFrom decides on a parameter: by its module's name, in a block or outside.
 _COMPONENT = {
@@ -58,7 +62,8 @@ class InitFrom:
     """Another model to start from, and what to take of it."""
 
     path: str | None = None
-    """run, checkpoint, Hugging Face folder, .pt or .safetensors file; null: fresh weights"""
+    """run (RUN@200: its step 200), checkpoint, Hugging Face folder, .pt or .safetensors file; null:
+    fresh weights"""
     model: str | None = None
     """the architecture as a JSON file, for weights that state none"""
     layers: tuple[int | str, ...] | None = None
@@ -75,6 +80,10 @@ class InitFrom:
     final_norm: bool = True
     head: bool = True
     """output matrix; a tied table is taken if `embeddings` or `head` is"""
+    optimizer: bool = False
+    """the optimizer's state too, with all of the weights: of a run's checkpoint"""
+    data: Literal["restart", "continue"] = "restart"
+    """continue: step, tokens and place in the data go on from where the parent stood"""
 
     def __post_init__(self) -> None:
         found = []
@@ -93,6 +102,11 @@ class InitFrom:
             found.append(
                 "model.init_from.layers is given, but nothing of a layer is taken: switch "
                 "attention, feed_forward or norms on, or leave layers out"
+            )
+        if self.optimizer and (self.layers is not None or len(self.components) < 6):
+            found.append(
+                "model.init_from.optimizer is given, but not all of the weights are taken; take "
+                "them all (no layers, no part switched off), or leave the optimizer out"
             )
         found += [
             f"model.init_from.layers: {word!r} is no layer; give numbers from 0, ranges such as "
@@ -158,11 +172,27 @@ def open_init_source(
 
 def _open(path: str, init: InitFrom, cfg: ModelConfig) -> Source:
     try:
-        source = open_source(path, init.model)
+        source = open_source(_with_step(path), init.model)
     except InputError as e:
         raise InputError(f"model.init_from: {e}") from None
     source_names(init, cfg, source)
     return source
+
+
+def _with_step(path: str) -> str:
+    """RUN@200 as the folder of that checkpoint; any other path as it is."""
+    match = _AT_STEP.fullmatch(path)
+    if match is None or os.path.exists(path):
+        return path
+    run, name = match[1], step_folder_name(int(match[2]))
+    root = run if storage.is_remote(run) else checkpoints_of_run(run)
+    if not storage.is_remote(root) and not os.path.isdir(os.path.join(root, name)):
+        there = sorted(step_of_folder(os.path.basename(f)) or 0 for f in step_folders(root))
+        raise InputError(
+            f"{path}: no checkpoint of step {match[2]} in {root}; steps there: "
+            f"{', '.join(map(str, there)) or 'none'}"
+        )
+    return f"{root}/{name}"
 
 
 def first_weights(
@@ -215,10 +245,12 @@ def inherit(model: Transformer, init: InitFrom, source: Source) -> Record:
             parameter = parameters[ours]
             copy_shard(parameter, tensor.to(parameter.device, torch.float32))
     n_taken = sum(parameters[name].numel() for name in names)
-    return {
+    record = {
         "path": source.path,
         "kind": source.kind,
         "facts": source.facts,
+        "optimizer": init.optimizer,
+        "data": init.data,
         "notes": list(source.notes),
         "layers": [NEW if i is None else i for i in init.layer_map(model.cfg.n_layers)],
         "components": list(init.components),
@@ -230,6 +262,8 @@ def inherit(model: Transformer, init: InitFrom, source: Source) -> Record:
         "n_params_taken": n_taken,
         "n_params_fresh": sum(p.numel() for p in parameters.values()) - n_taken,
     }
+    before = {"lineage": lineage.ancestors(record), "tokens_before": lineage.tokens_before(record)}
+    return record | before
 
 
 def plain_name(name: str) -> str:
@@ -245,6 +279,10 @@ def describe(record: Record, init: InitFrom) -> Iterator[str]:
         f"weights from {record['path']} ({record['kind']}): {', '.join(record['components'])}"
         f"{layers}; {n_taken:,} parameters taken, {n_fresh:,} fresh"
     )
+    yield lineage.describe_lineage(record)
+    taken = "taken" if record["optimizer"] else "fresh"
+    goes_on = "goes on where it stood" if record["data"] == "continue" else "begins anew"
+    yield f"optimizer state {taken}; step and place in the data: {goes_on}"
     yield from record["notes"]
     for name, (theirs, ours) in record["differences"].items():
         yield f"model.{name} differs from the source's: {theirs} there, {ours} here"

@@ -226,17 +226,23 @@ def test_the_record_says_what_was_taken() -> None:
         "path": "runs/there",
         "kind": "checkpoint",
         "facts": {"step": 7},
+        "optimizer": False,
+        "data": "restart",
         "notes": ["a note"],
         "layers": [2, 3, "new"],
         "components": [c for c in COMPONENTS if c != "final_norm"],
         "differences": {"rope_theta": [1e4, 5e5], "max_seq_len": [64, 256]},
         "n_params_taken": here.cfg.n_params - n_layer - here.cfg.d_model,
         "n_params_fresh": n_layer + here.cfg.d_model,
+        "lineage": [{"path": "runs/there", "kind": "checkpoint", "step": 7, "tokens": None}],
+        "tokens_before": None,
     }  # fmt: skip
     lines = list(describe(record, init))
     assert "weights from runs/there (checkpoint): embeddings, attention" in lines[0]
     assert "layers 2-3, new; " in lines[0]
     assert lines[1:] == [
+        "lineage: runs/there (checkpoint); an unknown number of tokens seen before",
+        "optimizer state fresh; step and place in the data: begins anew",
         "a note",
         "model.rope_theta differs from the source's: 10000.0 there, 500000.0 here",
         "model.max_seq_len differs from the source's: 64 there, 256 here",
