@@ -13,6 +13,7 @@ What checkpoint.py asks of both, in the order of a start and of a save (who call
     commit        [rank 0]   one atomic step: from here on it is a checkpoint
     discard       [all]      the folder in `staging`, after a save or a failure
     delete        [rank 0]   no longer wanted
+    lost          [anyone]   at each step: why nothing may be written there any more
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Place(Protocol):
     root: str
     staging: str  # saves are written into folders in it
 
+    @property
+    def lost(self) -> str: ...  # as far as this rank knows, without asking; empty: may be written
     def prepare(self) -> None: ...
     def start(self) -> None: ...
     def steps(self) -> list[str]: ...
@@ -104,6 +107,10 @@ class LocalPlace:
 
     def __init__(self, root: str) -> None:
         self.root = self.staging = root
+
+    @property
+    def lost(self) -> str:
+        return ""  # a folder's lock is the kernel's: it lasts as long as the process
 
     def prepare(self) -> None:
         if dist.rank() == 0:  # all ranks share the folder
@@ -177,6 +184,10 @@ class RemotePlace:
         self.staging = staging
         self._lock = lock
 
+    @property
+    def lost(self) -> str:
+        return "" if self._lock is None else self._lock.lost
+
     def _check_lock(self) -> None:
         if self._lock is not None:
             self._lock.check()
@@ -215,6 +226,7 @@ class RemotePlace:
         remote_checkpoints.make_free(path)
 
     def share(self, folder: str, names: list[str], path: str) -> None:
+        self._check_lock()
         remote_checkpoints.upload(folder, names, path)
 
     def commit(self, written: Commit, path: str) -> None:

@@ -189,10 +189,7 @@ class RemoteLock:
         if not self._lost and time.monotonic() - self._beaten_at > LEASE_SECONDS:
             self._lost = f"the store could not be written for {LEASE_SECONDS:.0f} s"
         if self._lost:
-            raise RunError(
-                f"checkpoint.dir: {self.root}: this run no longer holds it ({self._lost}); nothing "
-                "more is written there, and what was committed is whole; run one run at a time"
-            )
+            raise RunError(lost_message(self.root, self._lost))
 
     @property
     def lost(self) -> str:
@@ -237,6 +234,13 @@ class RemoteLock:
     def _content(self, released: bool = False) -> bytes:
         text = json.dumps(asdict(self.owner) | {"released": released}, indent=1)
         return text.encode().ljust(_PAD_BYTES) + b"\n"
+
+
+def lost_message(root: str, why: str) -> str:
+    return (
+        f"checkpoint.dir: {root}: this run no longer holds it ({why}); nothing more is written "
+        "there, and what was committed is whole; run one run at a time"
+    )
 
 
 def _url(root: str, number: int) -> str:

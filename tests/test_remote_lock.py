@@ -143,10 +143,12 @@ def test_a_run_whose_lock_was_taken_over_writes_nothing_more(
         awake.take()
     wait_for(lambda: asleep.lost)
     place = RemotePlace(ROOT, str(tmp_path), asleep)
+    assert place.lost == "another run has taken it over"
     url = place.path_of(1)
     for act in (
         place.start,
         lambda: place.make_room(url),
+        lambda: place.share(str(tmp_path), [], url),
         lambda: place.commit(commit_of(1, {}), url),
         lambda: place.put_aside(url, "x"),
         lambda: place.delete(url),
@@ -155,6 +157,7 @@ def test_a_run_whose_lock_was_taken_over_writes_nothing_more(
             act()
     asleep.release()
     awake.check()
+    assert RemotePlace(ROOT, str(tmp_path), awake).lost == ""
     assert sorted(objects()) == ["lock/00000001.json", "lock/00000002.json"]
     awake.release()
 

@@ -9,16 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from openlm_lite import object_store, remote_checkpoints
+from openlm_lite import object_store, remote_checkpoints, remote_lock
 from openlm_lite.checkpoint import resolve_checkpoint
 from openlm_lite.cli import main
+from openlm_lite.data.prepare_out import TOKENIZER_NAMES
+from openlm_lite.data.tokenizer import load_tokenizer
 from openlm_lite.errors import InputError
 from openlm_lite.hf.weights import checkpoint_weights
 from openlm_lite.inspection import inspect_path
@@ -35,12 +39,14 @@ pytest.importorskip("s3fs")
 pytestmark = pytest.mark.fault
 
 RUNS = "s3://bucket/runs"
-# The fork server of train_server.py, with short waits between attempts, and with each request to
-# the store as two more events to be killed at.
+# The fork server of train_server.py, with short waits between attempts and signs of life, and with
+# each request to the store as two more events to be killed at.
 SERVER = """
 import s3fs
-from openlm_lite import remote, retries
+from openlm_lite import remote, remote_lock, retries
 from tests import train_server
+
+remote_lock.BEAT_SECONDS = 1.0
 
 retries.RETRY = retries.Retry(
     total_seconds=4, first_wait=0.01, longest_wait=0.2, idle_seconds=1, alarm_seconds=1
@@ -257,6 +263,33 @@ def test_a_second_run_at_the_same_url_is_refused(
     assert steps_of(url) == []
 
 
+def test_a_run_whose_place_was_taken_over_ends_at_its_next_step(
+    ranks: TrainServer, store: Rules, toy_recipe: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As one that was asleep for minutes: to the other run it seemed dead."""
+    run, url, said = tmp_path / "run", f"{RUNS}/taken", tmp_path / "said.txt"
+    words = [str(toy_recipe), f"run.dir={run}", f"checkpoint.dir={url}", "eval.every_steps=0"]
+    words += ["total_steps=5000", "checkpoint.every_steps=5000"]
+    monkeypatch.setattr(remote_lock, "STALE_SECONDS", -1.0)
+    other = RemoteLock(url, this_process("the other"))
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(ranks.train, *words, log=said, world=2)
+        while not ended.done() and not ((run / "metrics.jsonl").is_file() and losses(run)):
+            time.sleep(0.05)
+        other.take()
+        assert ended.result()["codes"] == [1, 1]
+    assert 0 < len(losses(run)) < 5000
+    text = said.read_text()
+    message = f"openlm: checkpoint.dir: {url}: this run no longer holds it (another run has taken "
+    assert text.count(message) == 1 and "Traceback" not in text and "ALARM" not in text
+    assert f"ended by SharedError: checkpoint.dir: {url}: this run" in (run / "log.txt").read_text()
+    assert not (run / "stopped.json").exists()
+    other.check()  # nothing was done to what the other run has
+    assert sorted(object_store.files(url)) == [f"{url}/lock/0000000{i}.json" for i in (1, 2)]
+    other.release()
+
+
 @pytest.mark.slow
 def test_a_newest_checkpoint_damaged_in_the_store_gives_way_to_the_one_before(
     ranks: TrainServer, store: Rules, toy_recipe: Path, tmp_path: Path, whole: Path
@@ -321,6 +354,29 @@ def test_another_local_folder_holds_the_checkpoints_and_the_verbs_follow(
     kept.rename(tmp_path / "away")
     with pytest.raises(InputError, match=r"its config.yaml says checkpoint.dir = .*kept, where no"):
         resolve_checkpoint(str(run))
+
+
+@pytest.mark.parametrize("place", ["local", pytest.param("url", marks=pytest.mark.slow)])
+def test_a_checkpoint_elsewhere_has_its_tokenizer_when_run_folder_and_data_are_gone(
+    ranks: TrainServer, store: Rules, toy_recipe: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], place: str,
+) -> None:  # fmt: skip
+    run, out = tmp_path / "run", tmp_path / "hf"
+    data = shutil.copytree(toy_recipe.parent / "data" / "train", tmp_path / "data")
+    kept = f"{RUNS}/tokenizer" if place == "url" else str(tmp_path / "kept")
+    words = [str(toy_recipe), f"run.dir={run}", f"data.train={data}", f"checkpoint.dir={kept}"]
+    assert ranks.train(*words, world=2)["codes"] == [0, 0]
+    how = ["abc", "--temperature", "0", "--max-new-tokens", "4"]
+    expected = answer(capsys, "generate", str(run), *how)
+    whole = {name: (data / name).read_bytes() for name in TOKENIZER_NAMES}
+    for folder in (run, data):
+        shutil.rmtree(folder)
+    step = f"{kept}/step_00000012"
+    assert answer(capsys, "generate", step, *how) == expected
+    assert main(["export", step, str(out)]) == 0
+    assert load_tokenizer(str(out)).encode("abc abc").tolist()
+    kept_at = Path(resolve_checkpoint(step))
+    assert {name: (kept_at / name).read_bytes() for name in TOKENIZER_NAMES} == whole
 
 
 def test_two_runs_cannot_share_a_local_folder_of_checkpoints(

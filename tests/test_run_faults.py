@@ -6,10 +6,13 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,12 @@ from openlm_lite.checkpoint import latest_checkpoint
 from openlm_lite.commit import check_contents, read_commit, step_folders
 from openlm_lite.data.dataset import BadShardError, open_dataset
 from openlm_lite.data.verify import verify_dataset
+from openlm_lite.run_folder import take_lock
+from openlm_lite.stop import INTERRUPTED
+from openlm_lite.train import DONE, STOPPED
+from tests.test_run_watchdog import python, started
 from tests.test_train import final_weights, losses, measured, same_weights
-from tests.train_server import TrainServer
+from tests.train_server import TrainServer, listens
 
 pytestmark = pytest.mark.fault
 
@@ -64,6 +71,11 @@ def test_a_full_disk_costs_saves_then_the_run_but_no_checkpoint(
     assert same_weights(run, whole) and losses(run) == losses(whole)
 
 
+def checksums(run: Path) -> list[int]:
+    """Of the rows of each step."""
+    return [r["data/checksum"] for r in measured(run) if "data/checksum" in r]
+
+
 def kill_often(
     server: TrainServer, words: list[str], kills: int, worlds: tuple[int, ...], seed: int
 ) -> int:
@@ -100,9 +112,7 @@ def test_random_kills_at_random_world_sizes_change_no_batch_and_hardly_the_loss(
     assert train_server.train(*words, f"run.dir={whole}")["codes"] == [0]
     killed = kill_often(train_server, [*words, f"run.dir={run}"], kills, (1, 2, 4), seed=5)
     assert killed == kills
-    assert [r["data/checksum"] for r in measured(run) if "data/checksum" in r] == [
-        r["data/checksum"] for r in measured(whole) if "data/checksum" in r
-    ]
+    assert checksums(run) == checksums(whole)
     assert losses(run)[-1] == pytest.approx(losses(whole)[-1], rel=1e-6)
     steps_in(run)
 
@@ -116,6 +126,156 @@ def test_random_kills_at_one_world_size_change_no_bit(
     assert train_server.train(*words, f"run.dir={whole}", world=2)["codes"] == [0, 0]
     assert kill_often(train_server, [*words, f"run.dir={run}"], 30, (2,), seed=6) == 30
     assert measured(run) == measured(whole) and same_weights(run, whole)
+
+
+# --- requests to stop -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request to stop: the same signal twice, `apart` seconds in between."""
+
+    name: str
+    after: float  # s since all ranks listen
+    apart: float  # s; a second Ctrl-C in less than half a second is no other
+    ranks: tuple[int, ...]
+
+    @property
+    def signals(self) -> list[tuple[float, int, str]]:
+        moments = (self.after, self.after + self.apart)
+        return [(moment, rank, self.name) for moment in moments for rank in self.ranks]
+
+
+def some_request(rng: random.Random, name: str, seconds: float) -> Asked:
+    """At any instant of a run of two ranks that lasts `seconds`, to one of them or to both."""
+    ranks = rng.choice([(0,), (1,), (0, 1)])
+    return Asked(name, rng.uniform(0, seconds), rng.choice([0.0, 0.01, 0.1]), ranks)
+
+
+def ends_as_documented(asked: Asked, codes: list[int], run: Path, said: Path) -> None:
+    text = said.read_text()
+    if INTERRUPTED in codes:  # a machine so slow that the two Ctrl-C were heard half a second apart
+        assert asked.name == "SIGINT" and set(codes) <= {INTERRUPTED, 1, -signal.SIGKILL}, text
+        return
+    assert codes in ([STOPPED] * 2, [DONE] * 2), (asked, codes, text)
+    assert "Traceback" not in text
+    assert (run / "stopped.json").exists() == (codes[0] == STOPPED)
+    nothing_is_left_behind(run)
+
+
+def nothing_is_left_behind(run: Path) -> None:
+    """No temporary file or folder, and the lock is free."""
+    assert not [path for path in run.rglob("*") if "tmp" in path.name]
+    take_lock(run, "run.dir").close()
+
+
+@dataclass(frozen=True)
+class Uninterrupted:
+    folder: Path
+    seconds: float  # since all ranks listen
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(
+    train_server: TrainServer, toy_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Uninterrupted:
+    folder = tmp_path_factory.mktemp("whole_of_two")
+    seconds = 0.0
+    for name in ("first", "run"):  # the first one also waits until the server has imported
+        began = time.monotonic()
+        words = [str(toy_recipe), f"run.dir={folder / name}"]
+        assert train_server.train(*words, world=2)["codes"] == [DONE, DONE]
+        seconds = time.monotonic() - began
+    return Uninterrupted(folder / "run", seconds)
+
+
+def resumes_to_the_same_end(
+    server: TrainServer, recipe: Path, run: Path, whole: Uninterrupted
+) -> None:
+    assert server.train(str(recipe), f"run.dir={run}", world=2)["codes"] == [DONE, DONE]
+    assert checksums(run) == checksums(whole.folder)
+    assert losses(run)[-1] == pytest.approx(losses(whole.folder)[-1], rel=1e-6)
+    assert measured(run) == measured(whole.folder) and same_weights(run, whole.folder)
+    assert steps_in(run)[0] == 12
+    nothing_is_left_behind(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT", "SIGTERM"])
+def test_requests_at_20_random_instants_of_two_ranks_change_no_bit(
+    train_server: TrainServer,
+    toy_recipe: Path,
+    tmp_path: Path,
+    whole_of_two: Uninterrupted,
+    name: str,
+) -> None:
+    """From the first line of the program to its end; imports are behind these ranks."""
+    rng, stopped = random.Random(name), 0
+    for number in range(20):
+        run, said = tmp_path / str(number), tmp_path / f"said{number}.txt"
+        asked = some_request(rng, name, whole_of_two.seconds)
+        done = train_server.train(
+            str(toy_recipe), f"run.dir={run}", world=2, signals=asked.signals, log=said,
+            patience=20.0,
+        )  # fmt: skip
+        ends_as_documented(asked, done["codes"], run, said)
+        stopped += (run / "stopped.json").exists()
+        resumes_to_the_same_end(train_server, toy_recipe, run, whole_of_two)
+    assert stopped > 0
+
+
+def launch_two(recipe: Path, run: Path, said: Path, asked: Asked | None) -> list[int]:
+    """Exit codes of two real processes, asked to stop at that time, imports and all."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with ExitStack() as stack:
+        processes = []
+        for rank in (0, 1):
+            place = f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=2 MASTER_ADDR=127.0.0.1"
+            command = ["env", *place.split(), f"MASTER_PORT={port}", *python(recipe, run)]
+            processes.append(stack.enter_context(started(*command, said=said)))
+        while asked and not all(listens(process.pid) for process in processes):
+            assert all(process.poll() is None for process in processes), said.read_text()
+            time.sleep(0.005)
+        began = time.monotonic()
+        for moment, rank, name in sorted(asked.signals) if asked else ():
+            time.sleep(max(0.0, began + moment - time.monotonic()))
+            processes[rank].send_signal(signal.Signals[name])
+        return [process.wait(240) for process in processes]
+
+
+@pytest.fixture(scope="module")
+def seconds_of_two(toy_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """From the start of two real processes to their end."""
+    folder = tmp_path_factory.mktemp("timed")
+    began = time.monotonic()
+    assert launch_two(toy_recipe, folder / "run", folder / "said.txt", None) == [DONE, DONE]
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT", "SIGTERM"])
+def test_requests_at_random_instants_of_two_real_processes_change_no_bit(
+    train_server: TrainServer,
+    toy_recipe: Path,
+    tmp_path: Path,
+    whole_of_two: Uninterrupted,
+    seconds_of_two: float,
+    name: str,
+) -> None:
+    """Most of such a short run's time are imports; two of the instants are in its end."""
+    rng = random.Random(name)
+    for number in range(6):
+        run, said = tmp_path / str(number), tmp_path / f"said{number}.txt"
+        asked = some_request(rng, name, seconds_of_two)
+        if number >= 4:
+            asked = replace(asked, after=rng.uniform(0.8, 1.0) * seconds_of_two)
+        ends_as_documented(asked, launch_two(toy_recipe, run, said, asked), run, said)
+        resumes_to_the_same_end(train_server, toy_recipe, run, whole_of_two)
+
+
+# --- other settings and other data ----------------------------------------------------------------
 
 
 def test_a_changed_setting_is_refused_unless_it_is_allowed_by_name(

@@ -23,7 +23,7 @@ from openlm_lite.train import DONE, STOPPED
 from openlm_lite.watchdog import HUNG
 from tests.run_faults import Fault, fault
 from tests.test_train import losses, measured, same_weights, wait_for
-from tests.train_server import ROOT, TrainServer
+from tests.train_server import ROOT, TrainServer, listens
 
 pytestmark = pytest.mark.fault
 
@@ -220,13 +220,6 @@ def seconds_of_a_run(toy_recipe: Path, tmp_path_factory: pytest.TempPathFactory)
     with started(*python(toy_recipe, folder / "r", *LONG), said=folder / "said.txt") as process:
         assert process.wait(240) == DONE
     return time.monotonic() - began
-
-
-def listens(pid: int) -> bool:
-    """Whether SIGTERM no longer ends the process: the kernel tells of each signal by one bit."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    masks = re.findall(r"^(?:SigCgt|SigBlk):\s*([0-9a-f]+)", status, re.MULTILINE)
-    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
 
 
 SERIES = {  # signals, each with the seconds after the one before

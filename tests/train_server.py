@@ -5,18 +5,21 @@ forks the ranks of every request. The ranks meet through a TCP store on loopback
 Requests and answers are JSON lines on standard input and output:
 
     {"words": ["recipe.yaml", "a.b=c"], "world": 2, "kill": {"rank": 1, "event": 17},
-     "log": "FILE", "faults": […], "patience": 0.2}
+     "log": "FILE", "faults": […], "patience": 0.2, "signals": [[1.5, 0, "SIGTERM"], …]}
     -> {"codes": [0, -9], "events": [40, 17]}
 
 An event is one call of an instrumented function (optimizer step, log record, file of a checkpoint,
 commit, …); the rank kills itself with SIGKILL when it has counted to `event`. Other faults are
-those of tests/run_faults.py. When one rank dies, the others have `patience` seconds.
+those of tests/run_faults.py. `signals` are sent to a rank, so many seconds after all of them listen
+to signals. When one rank is killed, the others have `patience` seconds; when it ends with an error
+they have more: they are about to end too, each with a code of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+_TO_END = 30.0  # s, for the others after an error of one rank; on a loaded machine, too
 
 
 class TrainServer:
@@ -59,6 +63,7 @@ class TrainServer:
         log: Path | None = None,
         faults: Sequence[dict[str, Any]] = (),
         patience: float = 0.2,
+        signals: Sequence[tuple[float, int, str]] = (),
     ) -> dict[str, Any]:
         """Run the ranks to their end; exit codes (negative: the signal) and events per rank."""
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -69,6 +74,7 @@ class TrainServer:
             "log": None if log is None else str(log),
             "faults": list(faults),
             "patience": patience,
+            "signals": sorted(signals),
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -104,29 +110,52 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
             _be_rank(request, rank, port, write_end)
         pids.append(pid)
     os.close(write_end)
-    codes = _wait(pids, request["patience"])
+    codes = _wait(pids, request["patience"], request["signals"])
     with os.fdopen(read_end) as pipe:
         counts = dict(json.loads(line) for line in pipe)
     return {"codes": codes, "events": [counts.get(r, -1) for r in range(request["world"])]}
 
 
-def _wait(pids: list[int], patience: float) -> list[int]:
+def _wait(pids: list[int], patience: float, signals: list[Any]) -> list[int]:
     """Exit codes in order; when one rank dies the others are killed, as torchrun does."""
     codes: dict[int, int] = {}
-    kill_at = float("inf")
+    kill_at = listen_since = float("inf")
     while len(codes) < len(pids):
-        pid, status = os.waitpid(-1, 0 if kill_at == float("inf") else os.WNOHANG)
+        pid, status = os.waitpid(-1, os.WNOHANG if signals or kill_at < float("inf") else 0)
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
             if codes[pid] not in (0, 75):
-                kill_at = min(kill_at, time.monotonic() + patience)
-        elif time.monotonic() < kill_at:
-            time.sleep(0.01)
-        else:
+                seconds = patience if codes[pid] < 0 else max(patience, _TO_END)
+                kill_at = min(kill_at, time.monotonic() + seconds)
+        elif time.monotonic() >= kill_at:
             for other in set(pids) - set(codes):
                 os.kill(other, signal.SIGKILL)
             kill_at = float("inf")
+        else:
+            if signals:
+                listen_since = _send_due(pids, codes, signals, listen_since)
+            time.sleep(0.002 if signals else 0.01)
     return [codes[pid] for pid in pids]
+
+
+def _send_due(
+    pids: list[int], codes: dict[int, int], signals: list[Any], listen_since: float
+) -> float:
+    """Send the signals whose time has come; returns since when all ranks listen (inf: not yet)."""
+    if listen_since == float("inf"):
+        return time.monotonic() if not codes and all(map(listens, pids)) else listen_since
+    while signals and time.monotonic() - listen_since >= signals[0][0]:
+        _, rank, name = signals.pop(0)
+        if pids[rank] not in codes:  # not waited for: the number is still its own
+            os.kill(pids[rank], signal.Signals[name])
+    return listen_since
+
+
+def listens(pid: int) -> bool:
+    """Whether SIGTERM no longer ends the process: the kernel tells of each signal by one bit."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    masks = re.findall(r"^(?:SigCgt|SigBlk):\s*([0-9a-f]+)", status, re.MULTILINE)
+    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
 
 
 def _be_rank(request: dict[str, Any], rank: int, port: int, report: int) -> None:

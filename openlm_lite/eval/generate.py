@@ -213,10 +213,12 @@ def generate_text(
     sampling: Sampling | None = None,
     tokenizer: str | None = None,
     device: str = "cpu",
+    average: str | None = None,
 ) -> Iterator[str]:
     """The continuation of `prompt`, piece by piece, by the model at `path`.
 
     `path`: a run's or a checkpoint's folder, or an exported folder (by transformers' own class).
+    `average`: the name of an average in the checkpoint, which is taken in place of the weights.
     An empty prompt begins a document. Everything is read and checked before this returns.
     Raises InputError for bad input.
     """
@@ -224,7 +226,7 @@ def generate_text(
     _check_device(device)
     exported = os.path.isfile(os.path.join(path, "config.json"))
     load = _load_exported if exported else _load_ours
-    words, max_seq_len, vocab_size, make_step = load(path, tokenizer, device)
+    words, max_seq_len, vocab_size, make_step = load(path, tokenizer, device, average)
     prompt_ids = [int(i) for i in words.encode(prompt)] or [words.eot_id]
     check_length(prompt_ids, max_new_tokens, max_seq_len, vocab_size)
     ids = stream_ids(
@@ -241,9 +243,9 @@ Loaded = tuple[Tokenizer, int, int, Callable[[int], Step]]
 """tokenizer, max_seq_len, vocab_size, and what makes the steps of a sequence of a given length"""
 
 
-def _load_ours(path: str, tokenizer: str | None, device: str) -> Loaded:
+def _load_ours(path: str, tokenizer: str | None, device: str, average: str | None) -> Loaded:
     step_folder = resolve_checkpoint(path)
-    model = read_model(step_folder).to(device)
+    model = read_model(step_folder, average).to(device)
     words = find_tokenizer(step_folder, tokenizer, model.cfg.vocab_size)
     return (
         words,
@@ -253,7 +255,9 @@ def _load_ours(path: str, tokenizer: str | None, device: str) -> Loaded:
     )
 
 
-def _load_exported(path: str, tokenizer: str | None, device: str) -> Loaded:
+def _load_exported(path: str, tokenizer: str | None, device: str, average: str | None) -> Loaded:
+    if average is not None:
+        raise InputError(f"{path}: is a Hugging Face folder, which has no average {average!r}")
     words = load_tokenizer(tokenizer or path)
     model = load_hf(path, "auto").to(device)
 

@@ -6,7 +6,7 @@ Only what is known is written; what nobody recorded has no line.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +50,8 @@ def model_card(source: Source, name: str, report: Mapping[str, Any], has_tokeniz
         flat = flatten(run)
         recipe = {k: v for k, v in flat.items() if k.startswith(_RECIPE) and v is not None}
         sections += ["## Training", _trained(source), _table(recipe)]
+    elif "soup" in source.facts:
+        sections += ["## Origin", "A weighted mean of models:", _soup(source.facts["soup"])]
     elif "source" in source.facts:
         sections += ["## Origin", _table(_plain(source.facts["source"]))]
     elif source.kind != "checkpoint":
@@ -95,9 +97,17 @@ def _form(report: Mapping[str, Any]) -> str:
 def _trained(source: Source) -> str:
     facts = source.facts
     said = f"{human(facts['tokens'])} tokens in {facts['step']} steps."
+    if average := facts.get("average"):
+        said += f" The weights are their average `{average['name']}` ({average['kind']})."
     if sha256 := facts.get("manifest_sha256"):
         said += f" sha256 of the data's manifest: `{sha256}`."
     return said
+
+
+def _soup(parts: Sequence[Mapping[str, Any]]) -> str:
+    keys = ("weight", "kind", "step", "tokens", "commit_sha256")
+    rows = [", ".join(f"{k} {part[k]}" for k in keys if part.get(k) is not None) for part in parts]
+    return _table({str(i): row for i, row in enumerate(rows, 1)})
 
 
 def _run_config(path: str) -> dict[str, Any] | None:

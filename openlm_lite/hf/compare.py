@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from openlm_lite.errors import InputError
 from openlm_lite.hf.source import build_model
 from openlm_lite.hf.weights import Weights, open_weights
 from openlm_lite.model.config import ModelConfig
+
+log = logging.getLogger(__name__)
 
 # A wrong mapping changes logits by about their own size, fp32 arithmetic by 1e-6 of it.
 MAX_RELATIVE_DIFFERENCE = 1e-4
@@ -65,7 +68,8 @@ def load_hf(
     """transformers' own class, or ours for model_type openlm, on the CPU, in evaluation mode.
 
     No code from the folder runs. With `weights` its tensors are taken from there, one at a time.
-    Raises InputError where transformers is absent or cannot load it.
+    Raises InputError where transformers is absent or cannot load it, and where weights of the
+    class are not in the folder or have another shape: transformers would draw them at random.
     """
     require_transformers()
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -77,21 +81,53 @@ def load_hf(
 
         registered.OpenLMForCausalLM  # noqa: B018  (the first use registers it)
     plain = {"trust_remote_code": False, "local_files_only": True}
+    # mismatched: told below by name, where transformers' own error has none
+    how: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    how["ignore_mismatched_sizes"] = True
     try:
         with _quiet_and_in_order():
             if weights is None:
-                return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **plain).eval()
-            config = AutoConfig.from_pretrained(folder, **plain)
-            with torch.device("meta"):
-                made = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-            tensors = {name: _Unread(weights, name) for name in weights}
-            return made.from_pretrained(None, config=config, dtype=dtype, state_dict=tensors).eval()
+                loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **how, **plain)
+            else:
+                config = AutoConfig.from_pretrained(folder, **plain)
+                with torch.device("meta"):
+                    made = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+                tensors = {name: _Unread(weights, name) for name in weights}
+                loaded = made.from_pretrained(None, config=config, state_dict=tensors, **how)
+        model, found = loaded
+        _refuse_incomplete(folder, type(model).__name__, found)
+        return model.eval()
     except InputError:
         raise
     except Exception as e:  # a config.json can make it raise anything
         # torch's advice to unpickle without limits is not for strangers' files
         reason = str(e).partition("In PyTorch 2.6")[0]
         raise InputError(f"{folder}: transformers cannot load this folder: {reason}") from e
+
+
+def _refuse_incomplete(folder: str, hf_class: str, found: Mapping[str, Any]) -> None:
+    """Raises InputError for weights that were not in the folder as the class has them.
+
+    `found`: transformers' loading info, which leaves out what is tied or computed. Tensors that
+    the class has no place for are told in a warning.
+    """
+    problems = [f"{name} is not there" for name in sorted(found["missing_keys"])]
+    problems += [
+        f"{name} is {list(there)} there, {list(expected)} by its config.json"
+        for name, there, expected in sorted(found["mismatched_keys"])
+    ]
+    if problems:
+        raise InputError(
+            f"{folder}: its weights are not those of {hf_class}, which config.json names: "
+            f"{_listed(problems)}; get the folder again, or the config.json that belongs to it"
+        )
+    if spare := sorted(found["unexpected_keys"]):
+        log.warning("%s: %s has no place for %s", folder, hf_class, _listed(spare))
+
+
+def _listed(texts: Sequence[str], most: int = 8) -> str:
+    more = len(texts) - most
+    return ", ".join(texts[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 class _Unread:
@@ -106,22 +142,32 @@ class _Unread:
 
 @contextmanager
 def _quiet_and_in_order() -> Iterator[None]:
-    """Without progress bars, and without the threads that read all tensors ahead of their use."""
-    from transformers.utils import logging
+    """Without progress bars and the table of keys, and without threads that read tensors ahead."""
+    from transformers.utils import logging as their_logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown = their_logging.is_progress_bar_enabled()
     ahead = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
-    logging.disable_progress_bar()
+    their_logging.disable_progress_bar()
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    reporter = logging.getLogger("transformers.modeling_utils")
+    reporter.addFilter(_is_no_table)
     try:
         yield
     finally:
+        reporter.removeFilter(_is_no_table)
         if ahead is None:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         else:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = ahead
         if shown:
-            logging.enable_progress_bar()
+            their_logging.enable_progress_bar()
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    """transformers' report of keys, which `_refuse_incomplete` replaces; its errors of conversion
+    point to it."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or "CONVERSION" in text
 
 
 def _config_of(folder: str) -> dict[str, Any]:

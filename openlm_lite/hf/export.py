@@ -219,9 +219,11 @@ def export_checkpoint(
     tokenizer: str | None = None,
     dtype: Dtype = "float32",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    average: str | None = None,
 ) -> ExportReport:
     """Write `checkpoint` (a run, a checkpoint, or what else `open_source` reads) to `out`.
 
+    `average`: the name of an average in it, which is written in place of the weights.
     `out` appears whole, or not at all: it is written beside its place, loaded by transformers and
     compared with our model, then renamed. `tokenizer` "none" leaves the tokenizer out. The model
     is in memory once at a time. Raises InputError for bad input before anything is written, and
@@ -232,7 +234,7 @@ def export_checkpoint(
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype = {dtype!r}: allowed are float32 and bfloat16")
     require_transformers()
-    source = open_source(checkpoint)
+    source = open_source(checkpoint, average=average)
     form, why_bundled = choose_form(source, how, hf_class)
     words = None
     if tokenizer != "none":

@@ -11,11 +11,9 @@ from openlm_lite.config import to_plain
 from openlm_lite.errors import InputError
 from openlm_lite.hf.compare import difference, our_logits, their_logits
 from openlm_lite.hf.families import BY_CLASS
-from openlm_lite.hf.source import OPENLM, Source, open_source
+from openlm_lite.hf.source import OPENLM, Source, open_source, tokenizer_documents
 from openlm_lite.hf.weights import checkpoint_weights
 from openlm_lite.weights_io import save_weights
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def import_model(
     if found.kind == "checkpoint":
         raise InputError(f"{source}: is a checkpoint of ours already; use it as it is")
     documents = {"model.json": json.dumps(to_plain(found.cfg), indent=2) + "\n"}
-    documents |= _tokenizer_documents(found.path)
+    documents |= tokenizer_documents(found.path)
     facts = {**found.facts, "notes": list(found.notes)}
     save_weights(checkpoint, found.weights, documents=documents, facts={"source": facts})
     worst = None
@@ -75,13 +73,3 @@ def _compared(found: Source, checkpoint: str) -> float:
     ours = our_logits(found.cfg, checkpoint_weights(checkpoint))
     theirs = their_logits(found.path, found.cfg)
     return difference(ours, theirs, f"{found.path}: read as {found.kind},")
-
-
-def _tokenizer_documents(folder: str) -> dict[str, str]:
-    found = {}
-    for name in _TOKENIZER_FILES:
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8") as f:
-                found[name] = f.read()
-    return found

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from openlm_lite import storage
+from openlm_lite.average.saved import FACTS_KEY
 from openlm_lite.checkpoint import read_document, resolve_checkpoint
 from openlm_lite.commit import COMMIT_NAME, read_commit
 from openlm_lite.config import (
@@ -61,9 +62,10 @@ class Source:
     """what a user should know about how it was read"""
 
 
-def open_source(path: str, model: str | None = None) -> Source:
+def open_source(path: str, model: str | None = None, average: str | None = None) -> Source:
     """The model at `path`; `model` is the JSON of its architecture, ours or OpenLM's.
 
+    `average`: of a checkpoint, the average of that name in place of the weights.
     `model` is needed where nothing beside the weights says what they are, and refused elsewhere.
     Raises InputError for what is not there, not whole, or not an architecture of ours.
     """
@@ -73,9 +75,15 @@ def open_source(path: str, model: str | None = None) -> Source:
             f"{path}: found nothing; give a run, a checkpoint, a Hugging Face folder or a file of "
             "weights"
         )
+    is_exported = os.path.isfile(os.path.join(path, "config.json"))
+    if average is not None and (is_exported or os.path.isfile(path)):
+        raise InputError(
+            f"{path}: holds one set of weights; leave the average {average!r} out, or name the "
+            "checkpoint that it is in"
+        )
     if os.path.isfile(path):
         return _bare(path, model)
-    if os.path.isfile(os.path.join(path, "config.json")):
+    if is_exported:
         if model is not None:
             raise InputError(
                 f"{path}: has a config.json, which states the architecture; leave {model} out"
@@ -87,7 +95,7 @@ def open_source(path: str, model: str | None = None) -> Source:
         raise InputError(
             f"{path}: is a checkpoint, which states its architecture; leave {model} out"
         )
-    return _checkpoint(path)
+    return _checkpoint(path, average)
 
 
 def _has_weights(folder: str) -> bool:
@@ -100,10 +108,10 @@ def _has_weights(folder: str) -> bool:
 # --- ours ----------------------------------------------------------------------------------------
 
 
-def _checkpoint(path: str) -> Source:
+def _checkpoint(path: str, average: str | None) -> Source:
     step_folder = resolve_checkpoint(path)
     cfg = read_model_config(step_folder)
-    weights = checkpoint_weights(step_folder)
+    weights = checkpoint_weights(step_folder, average)
     expected = parameter_shapes(cfg)
     if dict(weights.shapes) != dict(expected):
         odd = [n for n in expected.keys() | weights if weights.shapes.get(n) != expected.get(n)]
@@ -121,6 +129,8 @@ def _checkpoint(path: str) -> Source:
         "commit_sha256": sha256,
         **commit.facts,
     }
+    if average is not None:
+        facts["average"] = {"name": average, **commit.facts[FACTS_KEY][average]}
     hf_class = imported.get("hf_class") if isinstance(imported, Mapping) else None
     return Source(step_folder, "checkpoint", cfg, weights, facts, hf_class)
 
@@ -289,20 +299,37 @@ def build_model(cfg: ModelConfig, weights: Mapping[str, torch.Tensor]) -> Transf
     return model.eval()
 
 
-def read_model(path: str) -> Transformer:
-    """The model at `path`, as `build_model`."""
-    source = open_source(path)
+def read_model(path: str, average: str | None = None) -> Transformer:
+    """The model at `path` (`open_source`), as `build_model`."""
+    source = open_source(path, average=average)
     return build_model(source.cfg, source.weights)
 
 
-def find_tokenizer(folder: str, spec: str | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer named by `spec`, else the one beside the run, else its training data's.
+def tokenizer_documents(folder: str) -> dict[str, str]:
+    """The tokenizer in `folder`, if there is one, as documents of a checkpoint: name -> text.
 
-        run/{tokenizer.json, checkpoints/step_00001000/}
+    Raises InputError for what is no text.
+    """
+    found = {}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            try:
+                with open(path, encoding="utf-8", newline="") as f:
+                    found[name] = f.read()
+            except UnicodeDecodeError as e:
+                raise InputError(f"{path}: the tokenizer cannot be read: {e}") from None
+    return found
+
+
+def find_tokenizer(folder: str, spec: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer named by `spec`, else the one in the checkpoint, its run's, its data's.
+
+        run/{tokenizer.json, checkpoints/step_00001000/tokenizer.json}
 
     It may have fewer ids than the model has rows (padding), never more: InputError.
     """
-    tokenizer = load_tokenizer(spec if spec is not None else _tokenizer_folder(folder))
+    tokenizer = load_tokenizer(spec if spec is not None else tokenizer_folder(folder))
     if tokenizer.vocab_size > vocab_size:
         raise InputError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model "
@@ -311,7 +338,8 @@ def find_tokenizer(folder: str, spec: str | None, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_folder(folder: str) -> str:
+def tokenizer_folder(folder: str) -> str:
+    """Where the tokenizer of the model at `folder` lies (`find_tokenizer`); InputError: nowhere."""
     parent = os.path.dirname(os.path.abspath(folder))
     run = os.path.dirname(parent) if os.path.basename(parent) == "checkpoints" else parent
     places = [folder, run]

@@ -94,12 +94,13 @@ def open_weights(path: str) -> Weights:
     return _open_index(local) if local.endswith(_INDEX) else _open_file(local)
 
 
-def checkpoint_weights(step_folder: str) -> Weights:
+def checkpoint_weights(step_folder: str, average: str | None = None) -> Weights:
     """The weights of a checkpoint of ours by parameter name, without `model.` in front.
 
-    All checksums are verified now (every file is read through once). Raises InputError.
+    Or its average of that name. All checksums are verified now (every file is read through once).
+    Raises InputError.
     """
-    return Weights(step_folder, *open_saved(step_folder))
+    return Weights(step_folder, *open_saved(step_folder, average))
 
 
 def _open_folder(folder: str) -> Weights:
