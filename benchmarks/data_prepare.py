@@ -3,27 +3,36 @@
     python benchmarks/data_prepare.py CORPUS.jsonl … --tokenizer NAME_OR_FILE [--workers 1 2] \
         [--options '{"dedup": true}'] [--repeats 3]
 
-Prints one JSON line per case; a process has one thread that tokenises. `share` is the tokenizer's
-own time on the same texts, divided by that of prepare (1.0: nothing else costs anything);
-`cpu_share` is the same of the time that the processes had a core, which a busy machine changes
-less. The load is printed with each line. Memory is of all processes together, file pages left out.
+Prints one JSON line per case; a process has one thread that tokenises. `share` is the speed of
+prepare divided by that of the tokenizer alone on as many processes (1.0: nothing else costs
+anything); `cpu_share` is the same per second that the processes had a core, which a busy machine
+changes less. `inside` is the tokenizer's share of the time of prepare itself (one process), which
+a machine that is faster at one time than at another does not change. `scaling` is the speed divided
+by that of the same on one process: two cores of a machine seldom give twice one. The load is
+printed with each line. Memory is of all processes together, file pages left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import json
+import multiprocessing
 import os
+import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from openlm_lite.data.plan import PrepareConfig
 from openlm_lite.data.prepare import prepare
 from openlm_lite.data.read import format_of, read_documents
-from openlm_lite.data.tokenizer import load_tokenizer
+from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 512
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker is one core
@@ -51,10 +60,21 @@ def tokenizer_alone(paths: list[str], name: str) -> dict[str, Any]:
                 encode()
     encode()
     return {
-        "case": "tokenizer alone",
         "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
         "tokens_per_second": n_tokens / seconds,
+        "tokens_per_cpu_second": n_tokens / cpu_seconds,
+    }
+
+
+def tokenizers_alone(paths: list[str], name: str, processes: int) -> dict[str, Any]:
+    """The same on several processes at a time, each with all of the documents."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        found = pool.starmap(tokenizer_alone, [(paths, name)] * processes, chunksize=1)
+    return {
+        "case": f"tokenizer alone, {processes} processes",
+        "seconds": statistics.fmean(one["seconds"] for one in found),
+        "tokens_per_second": sum(one["tokens_per_second"] for one in found),
+        "tokens_per_cpu_second": statistics.fmean(one["tokens_per_cpu_second"] for one in found),
     }
 
 
@@ -93,9 +113,29 @@ def _anonymous(process: int) -> int:
         return 0
 
 
+@contextlib.contextmanager
+def timed_tokenizer() -> Iterator[list[float]]:
+    """Seconds of each call of a tokenizer in this process."""
+    seconds: list[float] = []
+    original = Tokenizer.encode_batch
+
+    def encode_batch(self: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+        started = time.perf_counter()
+        try:
+            return original(self, texts)
+        finally:
+            seconds.append(time.perf_counter() - started)
+
+    Tokenizer.encode_batch = encode_batch
+    try:
+        yield seconds
+    finally:
+        Tokenizer.encode_batch = original
+
+
 def prepared(paths: list[str], name: str, workers: int, options: dict[str, Any]) -> dict[str, Any]:
     """The wall time of a whole run."""
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory(dir=".") as folder, timed_tokenizer() as in_tokenizer:
         memory = Memory()
         memory.start()
         cpu_started = _cpu_seconds()
@@ -114,9 +154,10 @@ def prepared(paths: list[str], name: str, workers: int, options: dict[str, Any])
     return {
         "case": f"prepare, {workers} processes",
         "seconds": report.seconds,
-        "cpu_seconds": cpu_seconds,
         "tokens_per_second": report.tokens_per_second,
+        "tokens_per_cpu_second": report.tokens_per_second * report.seconds / cpu_seconds,
         "peak_MB": memory.peak / 1e6,
+        **({"inside": sum(in_tokenizer) / report.seconds} if workers == 1 else {}),
     }
 
 
@@ -129,13 +170,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     for _ in range(args.repeats):
-        alone = tokenizer_alone(args.paths, args.tokenizer)
-        print(json.dumps({**alone, "load": os.getloadavg()[0]}), flush=True)
+        ones: dict[str, float] = {}  # kind of case -> tokens/s on one process
         for workers in args.workers:
+            alone = tokenizers_alone(args.paths, args.tokenizer, workers)
             result = prepared(args.paths, args.tokenizer, workers, args.options)
-            result["share"] = alone["seconds"] / workers / result["seconds"]
-            result["cpu_share"] = alone["cpu_seconds"] / result["cpu_seconds"]
-            print(json.dumps({**result, "load": os.getloadavg()[0]}), flush=True)
+            for rate in ("tokens_per_second", "tokens_per_cpu_second"):
+                share = "share" if rate == "tokens_per_second" else "cpu_share"
+                result[share] = result[rate] / alone[rate]
+            for case in (alone, result):
+                kind = case["case"].split(",")[0]
+                case["scaling"] = case["tokens_per_second"] / ones.setdefault(
+                    kind, case["tokens_per_second"]
+                )
+                print(json.dumps({**case, "load": os.getloadavg()[0]}), flush=True)
 
 
 if __name__ == "__main__":
