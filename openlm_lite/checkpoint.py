@@ -13,7 +13,7 @@ folder, which the next start removes. On reading, COMMIT.json is verified first 
 sizes, crc32), and nothing in a checkpoint can run code (`safe_dcp`).
 
     checkpoints/step_00001000/{__0_0.distcp, __1_0.distcp, …, .metadata, state.json,
-                               config.yaml, model.json, COMMIT.json}
+                               config.yaml, model.json, tokenizer.json, COMMIT.json}
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -67,6 +68,7 @@ from openlm_lite.safe_dcp import (
 log = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"
+NO_TENSORS: Mapping[str, torch.Tensor] = MappingProxyType({})
 _PROTECTED_NEWEST = 2  # never deleted, whatever the configuration says
 _FREE_SPACE_FACTOR = 1.2
 
@@ -108,15 +110,17 @@ def save_checkpoint(
     documents: Mapping[str, str],
     facts: Mapping[str, Any],
     cfg: CheckpointConfig,
+    averages: Mapping[str, torch.Tensor] = NO_TENSORS,
 ) -> str:
     """Save `root`/step_…; collective. Returns the path of the committed folder.
 
-    documents: file name -> text (config.yaml, model.json); facts: JSON values for COMMIT.json.
+    documents: file name -> text (config.yaml, model.json); facts: JSON values for COMMIT.json;
+    averages: more tensors by name (`average.Averages.tensors`).
     The hyperparameters of the optimizer (learning rate, betas, …) are not saved: they follow from
     the configuration and the step. Saving a step that is committed already changes nothing.
     Raises CheckpointError on every rank if saving failed on any of them.
     """
-    tensors = tensors_of(model, optimizer)
+    tensors = {**tensors_of(model, optimizer), **averages}
     return write_checkpoint(root, tensors, state, documents=documents, facts=facts, cfg=cfg)
 
 
@@ -386,10 +390,14 @@ def _resolve_url(url: str) -> str:
 
 
 def load_checkpoint(
-    checkpoint: str | Commit, model: nn.Module, optimizer: Optimizers | None
+    checkpoint: str | Commit,
+    model: nn.Module,
+    optimizer: Optimizers | None,
+    averages: Mapping[str, torch.Tensor] = NO_TENSORS,
 ) -> TrainState:
     """Fill model and optimizer in place, at any number of ranks; collective.
 
+    averages: more tensors to fill, by name (`average.Averages.of_checkpoint`).
     A Commit (from `latest_checkpoint`) counts as verified; a path is verified first. Names, shapes
     and dtypes are compared before anything is written into the model.
     Raises InputError for a damaged, hostile or unfitting checkpoint, on every rank alike.
@@ -410,7 +418,10 @@ def load_checkpoint(
         compare_tensors(commit.path, metadata, tensors, "model.")
         if optimizer is not None:
             tensors |= _fresh_optimizer_tensors(commit.path, state, metadata, model, optimizer)
-        return state, metadata, tensors
+        for prefix in {".".join(name.split(".")[:2]) + "." for name in averages}:
+            own = {name: t for name, t in averages.items() if name.startswith(prefix)}
+            compare_tensors(commit.path, metadata, own, prefix)
+        return state, metadata, {**tensors, **averages}
 
     prepared: list[Any] = []
     _on_all_ranks(lambda: prepared.extend(compare()))

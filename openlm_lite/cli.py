@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from openlm_lite import cli_data, redact
+from openlm_lite import cli_data, cli_fit, cli_science, redact
 from openlm_lite.cli_data import print_result
 from openlm_lite.errors import InputError, RelayedError, RunError, SharedError
 
@@ -104,9 +104,14 @@ def _parser() -> argparse.ArgumentParser:
         help="let a resumed run differ in this key (repeatable); refused otherwise",
     )
 
-    p = verb("plot", _plot, "draw the loss of one or more runs")
+    p = verb("plot", _plot, "draw the loss of runs, or the learning rate of recipes")
     p.add_argument("runs", nargs="+", metavar="RUN")
-    p.add_argument("--out", help="PNG or SVG file (default RUN/loss.png)")
+    p.add_argument(
+        "--schedule",
+        action="store_true",
+        help="instead of runs: recipes, each with its a.b=c words behind it",
+    )
+    p.add_argument("--out", help="PNG or SVG file (default RUN/loss.png, schedule.png)")
 
     p = verb("export", _export, "write a checkpoint as a Hugging Face folder")
     p.add_argument("checkpoint", help="run folder, or one of its step_… folders")
@@ -115,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--native", action="store_true", help="a class of transformers, or an error")
     form.add_argument("--bundled", action="store_true", help="with its own code, as trained")
     p.add_argument("--class", dest="hf_class", metavar="NAME", help="e.g. MistralForCausalLM")
+    p.add_argument("--average", metavar="NAME", help="one of its averages, for its weights")
     p.add_argument("--tokenizer", help="instead of the run's own; none: without")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     p.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, help="of a weights file")
@@ -127,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-compare", action="store_true", help="do not load it with transformers too")
     p.add_argument("--json", action="store_true")
 
+    cli_science.add_verbs(verb)
+    cli_fit.add_verbs(verb)
+
     p = verb("generate", _generate, "continue a prompt")
     p.add_argument("path", help="run folder, checkpoint or Hugging Face folder")
     p.add_argument("prompt")
@@ -136,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=0.95)
     p.add_argument("--repetition-penalty", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--average", metavar="NAME", help="one of its averages, for its weights")
     p.add_argument("--tokenizer", help="instead of the model's own")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default cpu)")
     p.add_argument("--json", action="store_true")
@@ -158,11 +168,12 @@ def _config(args: argparse.Namespace) -> int:
         cfg = run.load_run(args.words[0], args.words[1:])
         resolved, derived = config.to_plain(cfg), run.derived(cfg, args.gpus)
         if args.schedule:
+            schedule = cfg.schedule_in_steps
             with open(args.schedule, "w", encoding="utf-8") as f:
                 f.write("step,tokens,lr\n")
                 for step in range(cfg.steps):
-                    lr = lr_at(step, cfg.steps, cfg.optim.lr, cfg.schedule)
-                    f.write(f"{step},{step * cfg.global_batch_tokens},{lr!r}\n")
+                    lr = lr_at(step, cfg.steps, cfg.optim.lr, schedule)
+                    f.write(f"{step},{cfg.tokens_at(step)},{lr!r}\n")
     if args.json:
         print(json.dumps({"config": resolved, **derived}))
         return 0
@@ -186,9 +197,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from openlm_lite.plots import plot_runs
+    from openlm_lite.plots import plot_runs, plot_schedules
 
-    print(plot_runs(args.runs, args.out))
+    print((plot_schedules if args.schedule else plot_runs)(args.runs, args.out))
     return 0
 
 
@@ -203,6 +214,7 @@ def _export(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         dtype=args.dtype,
         max_shard_bytes=args.max_shard_bytes,
+        average=args.average,
     )
     print_result(dataclasses.asdict(report), args.json)
     return 0
@@ -229,6 +241,7 @@ def _generate(args: argparse.Namespace) -> int:
         sampling=Sampling(**{name: getattr(args, name) for name in names}),
         tokenizer=args.tokenizer,
         device=args.device,
+        average=args.average,
     )
     if args.json:
         print(json.dumps({"prompt": args.prompt, "text": "".join(pieces)}))

@@ -267,6 +267,19 @@ class Guard:
         memory.spiked_at = [at for at in memory.spiked_at if at > memory.judged - n]
 
 
+def first_sample_of_last(stages: Sequence[tuple[int, int]], left_out: Iterable[Range]) -> int:
+    """First sample of the last step of `stages`: (steps, samples of each), in the run's order.
+
+    A stage begins behind the last batch of the one before, whatever its size.
+    """
+    ranges, start, first = list(left_out), 0, 0
+    for n_steps, n_samples in stages:
+        ahead = [(max(a - start, 0), end - start) for a, end in ranges if end > start]
+        first = start + first_sample_of(n_steps - 1, n_samples, ahead)
+        start = first + n_samples
+    return first
+
+
 def first_sample_of(step: int, n_samples: int, left_out: Iterable[Range]) -> int:
     """First sample of the batch of `step` (from 0), in a run that left out `left_out`.
 

@@ -7,15 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from openlm_lite import run, storage
+from openlm_lite import lineage, run, storage
 from openlm_lite.checkpoint import checkpoints_of_run
 from openlm_lite.checkpoint_place import Place, place_of
 from openlm_lite.commit import COMMIT_NAME, DamagedError, step_of_folder
-from openlm_lite.data.inspect import inspect_dataset, inspect_step
+from openlm_lite.data.inspect import inspect_dataset, inspect_samples
 from openlm_lite.data.manifest import MANIFEST_NAME
 from openlm_lite.data.sources import open_sources, open_stream
 from openlm_lite.errors import InputError
-from openlm_lite.guard import Guard, GuardConfig, Range, first_sample_of
+from openlm_lite.guard import Guard, GuardConfig, Range, first_sample_of_last
+from openlm_lite.inherit import RECORD_NAME
 from openlm_lite.log import read_metrics
 
 
@@ -86,6 +87,7 @@ def _inspect_checkpoint(place: Place, path: str, verify: bool) -> dict[str, Any]
         "n_files": len(commit.files),
         "verified": verify,
         **commit.facts,
+        **lineage.facts_of(commit.facts.get("init_from"), commit.state.tokens),
         "model": model,
     }
 
@@ -119,6 +121,9 @@ def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
             found |= {k: last[k] for k in ("step", "tokens", "train/loss")}
         for record in records:  # the newest value of each source wins
             found |= {k: v for k, v in record.items() if k.startswith("val/")}
+    if (folder / RECORD_NAME).is_file():
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        found |= lineage.facts_of(record, found.get("tokens", 0))
     place = place_of(checkpoints_of_run(str(folder)))
     return found | {"verified": verify, **_inspect_checkpoints(place, verify)}
 
@@ -126,9 +131,10 @@ def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
 def _inspect_batch(folder: Path, step: int) -> dict[str, Any]:
     cfg = run.load_run(str(folder / "config.yaml"))
     datasets, _ = open_sources(cfg.data, cfg.model.vocab_size)
-    stream = open_stream(cfg.data, datasets, cfg.steps * cfg.global_batch_tokens)
-    first = first_sample_of(step, cfg.global_batch, _left_out(folder))
-    checksum, rows = inspect_step(stream, first // cfg.global_batch, cfg.global_batch)
+    stream = open_stream(cfg.data, datasets, cfg.tokens_at(cfg.steps))
+    sizes = [(n, tokens // cfg.data.seq_len) for n, tokens in cfg.batch_sizes.stages(step + 1)]
+    first = first_sample_of_last(sizes, _left_out(folder))
+    checksum, rows = inspect_samples(stream, first, cfg.batch_at(step))
     return {"path": str(folder), "step": step, "data/checksum": checksum, "rows": rows}
 
 

@@ -38,17 +38,22 @@ class ParallelConfig:
 
 
 def build_sharded_model(
-    cfg: ModelConfig, mesh: DeviceMesh, parallel: ParallelConfig, device: torch.device, seed: int
+    cfg: ModelConfig,
+    mesh: DeviceMesh,
+    parallel: ParallelConfig,
+    device: torch.device,
+    seed: int,
+    mup_base_width: int | None = None,
 ) -> Transformer:
     """The initialised model, sharded over `mesh`; no rank ever holds all of it.
 
-    The weights do not depend on the number of ranks.
+    The weights do not depend on the number of ranks. `mup_base_width`: see `init_std`.
     """
     with torch.device("meta"):
         model = Transformer(cfg)
     parallelize(model, mesh, parallel)
     model.to_empty(device=device)
-    init_weights(model, seed)
+    init_weights(model, seed, mup_base_width)
     return model
 
 

@@ -7,17 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from openlm_lite import config
+from openlm_lite import config, toy
+from openlm_lite.average.config import AverageConfig, check_averages
 from openlm_lite.checkpoint import CheckpointConfig
 from openlm_lite.config import ConfigError, Tree, Value
 from openlm_lite.data.sources import DataConfig
 from openlm_lite.errors import InputError
 from openlm_lite.eval.loss import EvalConfig
 from openlm_lite.guard import GuardConfig
+from openlm_lite.hf.layouts import parameter_shapes
 from openlm_lite.inherit import InitFrom
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.loss import LossConfig
+from openlm_lite.optim.batch_size import BatchSizes, BatchWarmupConfig
 from openlm_lite.optim.build import OptimConfig
+from openlm_lite.optim.groups import rules_of
+from openlm_lite.optim.mup import problems_of_mup
 from openlm_lite.optim.schedule import ScheduleConfig
 from openlm_lite.parallel import ParallelConfig
 from openlm_lite.telemetry import TelemetryConfig
@@ -78,10 +83,13 @@ class RunConfig:
     total_tokens: int | None = None
     """trained in whole steps, rounded down; give this or total_steps"""
     total_steps: int | None = None
+    batch_warmup: BatchWarmupConfig = field(default_factory=BatchWarmupConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    averages: dict[str, AverageConfig] = field(default_factory=dict)
+    """of the weights, by name: kept beside them, validated and saved"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
@@ -103,26 +111,41 @@ class RunConfig:
                 f"data.seq_len = {seq_len} is longer than model.max_seq_len = "
                 f"{self.model.max_seq_len}"
             )
+        found += self._optim_problems()
         if seq_len < 1 or self.global_batch_tokens < 1 or self.global_batch_tokens % seq_len:
             near = max(1, round(self.global_batch_tokens / max(1, seq_len))) * seq_len
             found.append(
                 f"global_batch_tokens = {self.global_batch_tokens} is not a multiple of "
                 f"data.seq_len = {seq_len}; the nearest is {near}"
             )
+        else:
+            found += self.batch_warmup.problems(self.global_batch_tokens, seq_len)
         if (self.total_tokens is None) == (self.total_steps is None):
             found.append("give total_tokens or total_steps, one of them")
         elif self.steps < 1:
             found.append(
-                f"total_tokens = {self.total_tokens} is less than one step of "
-                f"global_batch_tokens = {self.global_batch_tokens}"
+                f"total_tokens = {self.total_tokens} is less than the first step, of "
+                f"{self.batch_sizes.at(0)} tokens"
                 if self.total_steps is None
                 else f"total_steps = {self.total_steps}, must be at least 1"
             )
         else:
             try:
-                self.schedule.check_length(self.steps)
+                self.schedule_in_steps.check_length(self.steps)
             except InputError as e:
                 found.append(str(e))
+        return found + check_averages(self.averages, self.steps, self.data.val)
+
+    def _optim_problems(self) -> list[str]:
+        model, optim, found = self.model, self.optim, []
+        if optim.groups:
+            try:
+                rules_of(parameter_shapes(model.architecture), optim.groups)
+            except InputError as e:
+                found.append(str(e))
+        if optim.mup_base_width is not None:
+            tied = model.tie_embeddings
+            found += problems_of_mup(optim.mup_base_width, model.d_model, model.n_heads, tied)
         return found
 
     @property
@@ -130,26 +153,61 @@ class RunConfig:
         """Optimizer steps of the run."""
         if self.total_steps is not None:
             return self.total_steps
-        return (self.total_tokens or 0) // max(1, self.global_batch_tokens)
+        return self.steps_for(self.total_tokens or 0)
+
+    def steps_for(self, tokens: int) -> int:
+        """Whole optimizer steps that the run's first `tokens` make."""
+        return self.batch_sizes.steps_for(tokens)
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens trained on before the zero-based `step`."""
+        return self.batch_sizes.before(step)
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Tokens of each step."""
+        return BatchSizes.of(max(1, self.global_batch_tokens), self.batch_warmup)
+
+    def batch_at(self, step: int) -> int:
+        """Sequences of the zero-based `step`, over all ranks."""
+        return self.batch_sizes.at(step) // self.data.seq_len
+
+    @property
+    def schedule_in_steps(self) -> ScheduleConfig:
+        """The schedule with its lengths in steps of this run."""
+        return self.schedule.in_steps(self.steps_for, self.tokens_at(self.steps))
 
     @property
     def global_batch(self) -> int:
-        """Sequences of one optimizer step, over all ranks."""
+        """Sequences of an optimizer step of the full size, over all ranks."""
         return self.global_batch_tokens // self.data.seq_len
 
-    def micro_batches(self, world_size: int) -> int:
-        """Forward passes of one rank per optimizer step.
+    def check_batches(self, world_size: int) -> None:
+        """Raises InputError where a batch of the run does not divide among the ranks."""
+        step = 0
+        for n_steps, _ in self.batch_sizes.stages(self.steps):
+            self.micro_batches(world_size, step)
+            step += n_steps
 
+    def micro_batches(self, world_size: int, step: int) -> int:
+        """Forward passes of one rank in the zero-based `step`.
+
+        While the batch is small, a rank with fewer rows than a micro-batch takes them in one.
         Raises InputError where the batch does not divide among the ranks.
         """
-        portion = world_size * self.micro_batch_size
-        if self.global_batch % portion:
+        rows = self.batch_at(step)
+        full = rows == self.global_batch
+        per_rank, rest = divmod(rows, world_size)
+        if not full and not rest and per_rank < self.micro_batch_size:
+            return 1
+        if rest or per_rank % self.micro_batch_size:
+            name = "global_batch_tokens" if full else "batch_warmup: steps of"
             raise InputError(
-                f"global_batch_tokens = {self.global_batch_tokens} are {self.global_batch} "
-                f"sequences, which {world_size} ranks x micro_batch_size = "
-                f"{self.micro_batch_size} do not divide; change one of them"
+                f"{name} {'= ' if full else ''}{rows * self.data.seq_len} "
+                f"{'' if full else 'tokens '}are {rows} sequences, which {world_size} ranks x "
+                f"micro_batch_size = {self.micro_batch_size} do not divide; change one of them"
             )
-        return self.global_batch // portion
+        return per_rank // self.micro_batch_size
 
 
 def load_run(source: str, words: Sequence[str] = ()) -> RunConfig:
@@ -167,6 +225,12 @@ def load_run(source: str, words: Sequence[str] = ()) -> RunConfig:
             f"command line: model.base: {path} names every field of its architecture, and these "
             "win over a base; set model.… fields, or start from a recipe that has a model.base"
         )
+    if toy.take_scale(recipe, overrides):
+        try:
+            full = config.decode(RunConfig, with_base_model(recipe))
+        except InputError as e:
+            raise InputError(f"scale: toy needs a recipe that is whole by itself:\n{e}") from None
+        recipe = config.merge(recipe, toy.toy_sizes(full, overrides))
     tree = config.merge(recipe, overrides)
     return config.decode(RunConfig, with_base_model(tree))
 
@@ -232,13 +296,15 @@ def derived(cfg: RunConfig, gpus: int = 1) -> dict[str, Any]:
 
     `total_tokens` is what was asked for, `trained_tokens` what whole steps make of it.
     """
-    trained = cfg.steps * cfg.global_batch_tokens
+    trained = cfg.tokens_at(cfg.steps)
+    warmup = {"batch_warmup_steps": n} if (n := cfg.batch_sizes.warmup_steps) else {}
     return {
         **derived_model(cfg.model, cfg.data.seq_len),
         "total_steps": cfg.steps,
         "total_tokens": trained if cfg.total_tokens is None else cfg.total_tokens,
         "trained_tokens": trained,
         "global_batch_sequences": cfg.global_batch,
+        **warmup,
         "total_flops": float(trained * cfg.model.flops_per_token(cfg.data.seq_len)),
         "tokens_per_parameter": round(trained / cfg.model.n_params, 2),
         "gpus": gpus,
@@ -258,14 +324,17 @@ def derived_model(model: ModelConfig, seq_len: int) -> dict[str, Any]:
 def memory_bytes(cfg: RunConfig, gpus: int) -> int:
     """Estimate of one GPU's peak memory in training, without the allocator's own overhead.
 
-    States: 16 bytes per parameter (fp32 weight, gradient, two Adam moments), sharded over the
-    GPUs. Gathered: the weights of two blocks and of the unsharded tables, and their gradients, in
-    the compute dtype. Activations per token and block: what the backward pass needs, 6 D for the
-    residual stream and norms, 3 N H + 4 K H for attention, 4 F for a gated network (2 F without
-    gate). Loss: one chunk of logits (fp32 twice) and the fp32 gradient of the head.
+    States: 16 bytes per parameter (fp32 weight, gradient, two Adam moments; Muon has one), and 4
+    for each copy that an average keeps, sharded over the GPUs. Gathered: the weights of two blocks
+    and of the unsharded tables, and their gradients, in the compute dtype. Activations per token
+    and block: what the backward pass needs, 6 D for the residual stream and norms, 3 N H + 4 K H
+    for attention, 4 F for a gated network (2 F without gate). Loss: one chunk of logits (fp32
+    twice) and the fp32 gradient of the head.
     """
     model, bytes_each = cfg.model, 4 if cfg.parallel.precision == "fp32" else 2
-    states = 16 * model.n_params // gpus
+    copies = sum(average.copies for average in cfg.averages.values())
+    on_muon = model.n_block_matrix_params if cfg.optim.name == "muon" else 0
+    states = ((16 + 4 * copies) * model.n_params - 4 * on_muon) // gpus
     block = model.n_block_matrix_params // model.n_layers
     tables = model.n_params - model.n_block_matrix_params
     gathered = 2 * bytes_each * (2 * block + tables)
@@ -316,6 +385,17 @@ def _may_change(key: str) -> bool:
     return moved or key.startswith(MAY_CHANGE_ON_RESUME)
 
 
+def differences(cfg: RunConfig, there: RunConfig) -> dict[str, str]:
+    """What decides on the model and differs from the run `there`: key -> a text that says how."""
+    old = config.flatten(config.to_plain(there))
+    new = config.flatten(config.to_plain(cfg))
+    return {
+        key: f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _may_change(key)
+    }
+
+
 def check_same_run(
     cfg: RunConfig, there: RunConfig, place: str, setting: str, allow_change: Sequence[str] = ()
 ) -> list[str]:
@@ -324,19 +404,14 @@ def check_same_run(
     place: where the run `there` was found; setting: run.dir or checkpoint.dir, which led there.
     Raises InputError where something else differs, naming it all.
     """
-    old = config.flatten(config.to_plain(there))
-    new = config.flatten(config.to_plain(cfg))
+    known = {*config.flatten(config.to_plain(there)), *config.flatten(config.to_plain(cfg))}
     for key in allow_change:
-        if not any(config.is_named(known, (key,)) for known in old.keys() | new.keys()):
+        if not any(config.is_named(one, (key,)) for one in known):
             raise InputError(
                 f"--allow-change {key}: no such key in the configuration; allowed are those of "
                 "`openlm config`, such as optim.lr, or a section, such as optim"
             )
-    differing = {
-        key: f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _may_change(key)
-    }
+    differing = differences(cfg, there)
     refused = {
         key: text for key, text in differing.items() if not config.is_named(key, allow_change)
     }

@@ -296,7 +296,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, torc
     Not through get_optimizer_state_dict: it steps an optimizer that has not stepped yet (Adam's
     count would be wrong by one), and its counterpart casts the state to the parameter's dtype.
     """
-    names: dict[Any, str] = {p: _plain_name(name) for name, p in model.named_parameters()}
+    names: dict[Any, str] = {p: plain_name(name) for name, p in model.named_parameters()}
     return _only_tensors(
         {
             f"optim.{names[parameter]}.{key}": value
@@ -314,7 +314,7 @@ def _only_tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:
     return values
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """Without what torch.compile and activation checkpointing put into names."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from openlm_lite import dist
 from openlm_lite.checkpoint import (
+    NO_TENSORS,
     CheckpointConfig,
     CheckpointError,
     TrainState,
@@ -66,6 +67,7 @@ class Saver:
         *,
         documents: Mapping[str, str],
         facts: Mapping[str, Any],
+        averages: Mapping[str, torch.Tensor] = NO_TENSORS,
     ) -> list[Saved]:
         """Begin to save; returns when model and optimizer may change again.
 
@@ -74,7 +76,7 @@ class Saver:
         """
         started = time.monotonic()
         before = self.finish()
-        tensors = tensors_of(model, optimizer)
+        tensors = {**tensors_of(model, optimizer), **averages}
         if self._cfg.background:
             tensors = self._copied(tensors)
 

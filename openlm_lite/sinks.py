@@ -57,7 +57,7 @@ class Sinks:
     def __init__(self, cfg: RunConfig, folder: Path, world: World) -> None:
         self.cfg, self.folder, self.world = cfg, folder, world
         self.flops_per_token = cfg.model.flops_per_token(cfg.data.seq_len)
-        self.seconds_per_step = 0.0
+        self.seconds_per_token = 0.0
         self.file: log.MetricsFile | None = None
         self.telemetry: Telemetry | None = None
         self.left_out: list[dict[str, Any]] = []  # records of this process
@@ -89,9 +89,10 @@ class Sinks:
 
     def banner(self, stream: TokenStream, origin: Record | None, resumed: bool) -> None:
         cfg, world = self.cfg, self.world
+        growing = "" if cfg.batch_at(0) == cfg.global_batch else f"{cfg.batch_at(0)} to "
         self.say(
             f"{log.human(cfg.model.n_params)} parameters, {cfg.steps} steps of "
-            f"{cfg.global_batch} x {cfg.data.seq_len} tokens, "
+            f"{growing}{cfg.global_batch} x {cfg.data.seq_len} tokens, "
             f"{world.world_size} x {world.device.type} ({cfg.parallel.precision}), "
             f"data {self._described(stream)}"
         )
@@ -123,6 +124,7 @@ class Sinks:
         """One record for the file; at intervals one line for people."""
         if self.file is None:
             return
+        n_tokens = self.cfg.batch_sizes.at(state.step - 1)
         record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -130,7 +132,7 @@ class Sinks:
             "train/grad_norm": grad_norm,
             "train/lr": lr,
             **metrics.throughput(
-                self.cfg.global_batch_tokens,
+                n_tokens,
                 clock.total,
                 self.world.world_size,
                 self.flops_per_token,
@@ -148,10 +150,11 @@ class Sinks:
         record |= {f"train/{name}/loss": loss for name, loss in losses.by_source.items()}
         self.record(record)
         # a moving average over about ten steps, for a calm estimate of the time left
-        weight = 0.1 if self.seconds_per_step else 1.0
-        self.seconds_per_step += weight * (clock.total - self.seconds_per_step)
+        weight = 0.1 if self.seconds_per_token else 1.0
+        self.seconds_per_token += weight * (clock.total / n_tokens - self.seconds_per_token)
         if every(self.cfg.log.every_steps, state.step) or state.step == self.cfg.steps:
-            left = (self.cfg.steps - state.step) * self.seconds_per_step
+            tokens_left = self.cfg.tokens_at(self.cfg.steps) - self.cfg.tokens_at(state.step)
+            left = tokens_left * self.seconds_per_token
             self.say(log.step_line(record, self.cfg.steps, left))
 
     def saved(self, saves: Sequence[Saved]) -> None:

@@ -12,7 +12,7 @@ A run folder::
       log.txt           what the console said
       wandb/ wandb_id tensorboard/    with log.wandb, log.tensorboard
       stacks-rank0.txt  what a rank did when its watchdog ended it
-      tokenizer.json    of the data, so that exports and generation have it
+      tokenizer.json    of the data, which each checkpoint holds too, for exports and generation
       checkpoints/step_00001000/…
       stopped.json      after a stop on request: the step; gone once training goes on
       lock              held by the running process
@@ -30,8 +30,11 @@ from typing import NamedTuple
 import torch
 
 from openlm_lite import checkpoint, dist, log, run
+from openlm_lite.average.running import Averages
+from openlm_lite.branch import check_branch, take_over
 from openlm_lite.checkpoint import TrainState
 from openlm_lite.checkpoint_place import Place
+from openlm_lite.commit import Commit
 from openlm_lite.data.dataset import Dataset
 from openlm_lite.data.sources import (
     bad_shards_of,
@@ -42,15 +45,17 @@ from openlm_lite.data.sources import (
 )
 from openlm_lite.data.stream import Batch, TokenStream, train_batches, val_batches
 from openlm_lite.dist import World
-from openlm_lite.errors import InputError, RunError
+from openlm_lite.errors import InputError, RunError, SharedError
 from openlm_lite.eval.loss import validation_loss
 from openlm_lite.guard import Guard
-from openlm_lite.hf.source import Source
+from openlm_lite.hf.source import Source, tokenizer_documents
 from openlm_lite.inherit import Record, first_weights, open_init_source
+from openlm_lite.model.loss import LossConfig
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
 from openlm_lite.optim.schedule import lr_at
 from openlm_lite.parallel import build_sharded_model, set_gradient_sync
+from openlm_lite.remote_lock import lost_message
 from openlm_lite.run import RunConfig
 from openlm_lite.run_folder import mark_stopped, run_folder
 from openlm_lite.saver import Saver
@@ -71,13 +76,15 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
     here on).
     """
     rank, world_size, _ = dist.launched()
-    cfg.micro_batches(world_size)  # before anything else: does the batch divide?
+    cfg.check_batches(world_size)  # before anything else: does the batch divide?
     train_sets, val_sets = open_sources(cfg.data, cfg.model.vocab_size)
-    stream = open_stream(cfg.data, train_sets, cfg.steps * cfg.global_batch_tokens)
+    stream = open_stream(cfg.data, train_sets, cfg.tokens_at(cfg.steps))
     folder = Path(cfg.run.dir).expanduser()
     source = open_init_source(
         cfg.model.init_from, cfg.model.architecture, folder, cfg.checkpoint.dir
     )
+    if source is not None:
+        check_branch(cfg, source.path, source.kind, stream)
     make_deterministic(cfg)
 
     with ExitStack() as at_end:
@@ -111,13 +118,21 @@ class Loop:
         self.cfg, self.folder, self.place, self.world = cfg, folder, place, world
         self.stream, self.val_sets = stream, val_sets
         self.stop, self.watchdog = stop, watchdog
-        self.micro_batches = cfg.micro_batches(world.world_size)
+        self.schedule = cfg.schedule_in_steps
         mesh = dist.data_parallel_mesh(world)
         self.model = build_sharded_model(
-            cfg.model.architecture, mesh, cfg.parallel, world.device, cfg.run.seed
+            cfg.model.architecture,
+            mesh,
+            cfg.parallel,
+            world.device,
+            cfg.run.seed,
+            cfg.optim.mup_base_width,
         )
-        self.optimizer = build_optimizer(self.model, cfg.optim)
+        self.optimizer = build_optimizer(self.model, cfg.optim, cfg.model.d_model)
+        self.averages = Averages(cfg.averages, self.model)
         self.saver = Saver(place, cfg.checkpoint)
+        self.tokenizer: dict[str, str] = {}  # documents of the checkpoints; rank 0 writes them
+        dist.on_main(lambda: self.tokenizer.update(tokenizer_documents(str(folder))), RunError)
         watchdog.watch_background(self.saver.running_seconds)
         self.state = TrainState(step=0, tokens=0, next_sample=0)
         self.guard = Guard(cfg.guard)
@@ -132,19 +147,28 @@ class Loop:
         if commit is None:
             init_from = self.cfg.model.init_from
             self.origin = first_weights(self.model, init_from, source, self.folder)
+            parent = take_over(self.cfg, self.origin, self.model, self.optimizer, self.stream)
+            if parent is not None:
+                self.state = parent
+                self.go_on(f"{init_from.path}")
         else:
             if not check_same_data(commit.facts, self.stream, allow_change):
                 self.stream.bad_shards.update(bad_shards_of(commit.facts))
             self.origin = commit.facts.get("init_from")
-            self.state = checkpoint.load_checkpoint(commit, self.model, self.optimizer)
-            self.guard = Guard(self.cfg.guard, self.state.guard, commit.path)
-            self.batches = self.batches_from_here()
+            self.load(commit)
+            self.go_on(commit.path)
         self.sinks.open(resume_step=-1 if commit is None else self.state.step)
         self.sinks.banner(self.stream, self.origin, resumed=commit is not None)
+        self.begin_averages()
         if commit is None:
             self.validate()
             if self.cfg.guard.on_spike == "rewind":  # a first spike has something to go back to
                 self.save(must_succeed=True)
+
+    def go_on(self, place: str) -> None:
+        """With guard and data from the state, of the checkpoint `place`."""
+        self.guard = Guard(self.cfg.guard, self.state.guard, place)
+        self.batches = self.batches_from_here()
 
     def run(self) -> int:
         """Step until the end or a stop; returns the exit code."""
@@ -175,43 +199,50 @@ class Loop:
         cfg, world, state = self.cfg, self.world, self.state
         clock = Clock()
         self.watchdog.enter("batch" if self.has_stepped else "start", state.step)
-        lr = lr_at(state.step, cfg.steps, cfg.optim.lr, cfg.schedule)
+        lr = lr_at(state.step, cfg.steps, cfg.optim.lr, self.schedule)
         set_lr(self.optimizer, lr)
+        n_rows = cfg.batch_at(state.step)
+        if n_rows != self.n_rows:  # the batch has grown
+            self.batches.close()
+            self.batches = self.batches_from_here()
         batch = next(self.batches)
-        while self.guard.leaves_out(batch.first_index, cfg.global_batch):
+        while self.guard.leaves_out(batch.first_index, n_rows):
             batch = next(self.batches)
         for message in share_bad_shards(self.stream, world):
             self.sinks.say(f"step {state.step}: left out: {message}")
-        agreed = agree_on(batch, world, self.stop.requested)
+        agreed = agree_on(batch, world, self.stop.requested, bool(self.place.lost))
+        if agreed.place_lost:  # all that follows would be thrown away
+            why = self.place.lost or "as rank 0 has found"
+            raise SharedError(lost_message(self.place.root, why))
         clock.lap("data")
 
         self.watchdog.enter("step" if self.has_stepped else "start", state.step)
         losses = forward_backward(
             self.model,
             batch,
-            self.micro_batches,
-            cfg.loss.z_loss,
+            cfg.micro_batches(world.world_size, state.step),
+            cfg.loss,
             world,
             agreed.n_targets,
             self.stream.names,
         )
         grad_norm = clip_gradients(self.model, cfg.optim.grad_clip).item()
-        verdict = self.guard.judge(
-            state.step, batch.first_index, cfg.global_batch, losses.ce, grad_norm
-        )
+        verdict = self.guard.judge(state.step, batch.first_index, n_rows, losses.ce, grad_norm)
         if verdict.event == "rewind":
             self.rewind()
         self.sinks.judged(self.state, verdict)
         if verdict.event in ("left out", "rewind"):
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             return agreed.stop_wanted
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizer:
+            optimizer.step()
+        self.model.zero_grad()
         self.state = TrainState(
             step=state.step + 1,
-            tokens=state.tokens + cfg.global_batch_tokens,
-            next_sample=batch.first_index + cfg.global_batch,
+            tokens=state.tokens + n_rows * cfg.data.seq_len,
+            next_sample=batch.first_index + n_rows,
         )
+        self.averages.update(self.state.step)
         self.has_stepped = True
         clock.lap("step")
         self.sinks.step(self.state, losses, agreed.checksum, grad_norm, lr, clock, self.stream)
@@ -225,30 +256,55 @@ class Loop:
             commit = checkpoint.latest_checkpoint(self.place)
             if commit is None:
                 raise RunError(f"{self.place.root}: no checkpoint is whole: nothing to rewind to")
-            self.state = checkpoint.load_checkpoint(commit, self.model, self.optimizer)
+            self.load(commit)
+            self.begin_averages()
         self.guard = self.guard.rewound(self.state.guard, self.state.next_sample, commit.path)
         self.batches = self.batches_from_here()
         self.sinks.rewind(self.state)
+
+    def load(self, commit: Commit) -> None:
+        """The weights, the optimizer, the averages and the state of a checkpoint."""
+        kept = self.averages.of_checkpoint(commit)
+        self.state = checkpoint.load_checkpoint(commit, self.model, self.optimizer, kept)
+
+    def begin_averages(self) -> None:
+        """Those that no checkpoint gave begin with the weights here."""
+        for message in self.averages.begin(self.state.step):
+            self.sinks.say(message)
 
     def save(self, must_succeed: bool) -> None:
         """A checkpoint of the present state; waited for only if it `must_succeed`."""
         documents = {
             "config.yaml": run.resolved_yaml(self.cfg),
             "model.json": run.model_json(self.cfg.model.architecture),
+            **self.tokenizer,
         }
         facts = data_facts(self.stream) | ({"init_from": self.origin} if self.origin else {})
+        facts |= self.averages.facts()
         state = replace(self.state, guard=self.guard.state())
         with self.watchdog.watch("save"):
             self.sinks.saved(
                 self.saver.start(
-                    self.model, self.optimizer, state, documents=documents, facts=facts
+                    self.model,
+                    self.optimizer,
+                    state,
+                    documents=documents,
+                    facts=facts,
+                    averages=self.averages.tensors(),
                 )
             )
             if must_succeed:
                 self.sinks.saved(self.saver.finish(must_succeed))
 
     def validate(self) -> None:
-        """The loss on every validation set."""
+        """The loss on every validation set, of the weights and of their averages."""
+        self.validate_weights()
+        for average in self.averages.updated:
+            with self.averages.in_place(average):
+                self.validate_weights(f"/{average}")
+
+    def validate_weights(self, suffix: str = "") -> None:
+        """The loss of the weights in place; `suffix` follows the source in the metric's name."""
         for name, dataset in self.val_sets.items():
             batches = val_batches(
                 dataset,
@@ -262,14 +318,15 @@ class Loop:
             with self.watchdog.watch("validation"):
                 watched = self.watchdog.each(batches)
                 loss = validation_loss(self.model, watched, self.world.device)
-            self.sinks.validation(self.state, name, loss)
+            self.sinks.validation(self.state, name + suffix, loss)
 
     def batches_from_here(self) -> Generator[Batch]:
-        """This rank's batches from the next sample on."""
+        """This rank's batches from the next sample on, of the size of the next step."""
+        self.n_rows = self.cfg.batch_at(self.state.step)
         return train_batches(
             self.stream,
             first_sample=self.state.next_sample,
-            global_batch=self.cfg.global_batch,
+            global_batch=self.n_rows,
             rank=self.world.rank,
             world_size=self.world.world_size,
             prefetch=self.cfg.data.prefetch_batches,
@@ -289,25 +346,26 @@ class Agreed(NamedTuple):
     n_targets: torch.Tensor  # fp32 scalar, at least 1: targets of all ranks
     checksum: int  # of the rows that were read (`data.stream.checksum_of`)
     stop_wanted: bool  # by any rank
+    place_lost: bool  # another run has the place of the checkpoints, as one rank knows
 
 
-def agree_on(batch: Batch, world: World, stop_requested: bool) -> Agreed:
+def agree_on(batch: Batch, world: World, stop_requested: bool, place_lost: bool) -> Agreed:
     """Wait until every rank has its batch, and add up what they know; collective."""
     counts = torch.tensor(  # float64 holds all of these exactly
-        [n_targets_of(batch), batch.checksum, stop_requested], dtype=torch.float64
+        [n_targets_of(batch), batch.checksum, stop_requested, place_lost], dtype=torch.float64
     ).to(world.device)
     torch.distributed.all_reduce(counts)
     # all rows may be of shards that are left out
     n_targets = counts[0].clamp(min=1).float()
-    _, checksum, stops = counts.tolist()
-    return Agreed(n_targets, int(checksum), stops > 0)
+    _, checksum, stops, losts = counts.tolist()
+    return Agreed(n_targets, int(checksum), stops > 0, losts > 0)
 
 
 def forward_backward(
     model: Transformer,
     batch: Batch,
     micro_batches: int,
-    z_loss: float,
+    loss: LossConfig,
     world: World,
     n_targets: torch.Tensor,
     sources: tuple[str, ...] = (),
@@ -316,10 +374,14 @@ def forward_backward(
 
     What is minimised is the mean over the targets of all ranks and micro-batches, each token
     counting once, whatever the split; with a z-loss, plus z_loss times its mean over all
-    positions. With several `sources` (which batch.sources_B number), the loss of each is found too.
+    positions, or over the targets. With several `sources` (which batch.sources_B number), the loss
+    of each is found too.
     """
     n_positions = batch.targets_BT.numel() * world.world_size
-    z_weight = z_loss * n_targets / n_positions if z_loss else 0.0
+    z_over_targets = loss.z_loss_over == "targets"
+    z_weight = loss.z_loss
+    if z_weight and not z_over_targets:
+        z_weight = z_weight * n_targets / n_positions
 
     found = torch.zeros(2, device=world.device)
     by_source = torch.zeros(2, len(sources), device=world.device)
@@ -331,6 +393,7 @@ def forward_backward(
             part.tokens_BT.to(world.device, non_blocking=True),
             targets_BT,
             z_weight=z_weight,
+            z_over_targets=z_over_targets,
             doc_ids_BT=None if documents is None else documents.to(world.device, non_blocking=True),
         )
         # FSDP averages gradients over the ranks, n_targets already counts all of them.

@@ -15,9 +15,10 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from openlm_lite import dist
+from openlm_lite.average.saved import mean_of, saved_average
 from openlm_lite.checkpoint import (
     STATE_NAME,
     CheckpointError,
@@ -94,29 +95,47 @@ def save_weights(
         raise
 
 
-def open_saved(path: str) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
+def open_saved(
+    path: str, average: str | None = None
+) -> tuple[dict[str, Shape], Callable[[str], torch.Tensor]]:
     """(parameter name -> shape, what reads one of them as saved) of the step folder `path`.
 
-    All files are read once to verify their checksums. Raises InputError, then and on reading.
+    With the name of an `average`, of that one. All files are read once to verify their checksums.
+    Raises InputError, then and on reading.
     """
     check_local_path(path)
-    metadata = metadata_of(verified_commit(path))
-    entries = {
-        name.removeprefix(_PREFIX): entry
-        for name, entry in metadata.state_dict_metadata.items()
-        if name.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
-    }
+    commit = verified_commit(path)
+    metadata = metadata_of(commit)
+    tensors = metadata.state_dict_metadata
+    prefixes = [_PREFIX] if average is None else saved_average(commit, tensors, average)[1]
+    parts = [_entries(metadata, prefix) for prefix in prefixes]
+    shapes = [{name: tuple(entry.size) for name, entry in part.items()} for part in parts]
+    if any(other != shapes[0] for other in shapes):
+        raise InputError(f"{path}: the parts of the average {average!r} have unequal shapes")
 
-    def read(name: str) -> torch.Tensor:
-        entry = entries[name]
+    def read_part(prefix: str, name: str, entry: TensorStorageMetadata) -> torch.Tensor:
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
-            read_tensors(path, metadata, {_PREFIX + name: tensor}, alone=True)
+            read_tensors(path, metadata, {prefix + name: tensor}, alone=True)
         except TransferError as error:
             raise InputError(f"{path}: tensor {name} cannot be read: {error}") from error
         return tensor
 
-    return {name: tuple(entry.size) for name, entry in entries.items()}, read
+    def read(name: str) -> torch.Tensor:
+        each = zip(prefixes, parts, strict=True)
+        tensors = (read_part(prefix, name, part[name]) for prefix, part in each)
+        return next(tensors) if average is None else mean_of(tensors)
+
+    return shapes[0], read
+
+
+def _entries(metadata: Metadata, prefix: str) -> dict[str, TensorStorageMetadata]:
+    """The tensors under `prefix`, by their names without it."""
+    return {
+        name.removeprefix(prefix): entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def _check_place(path: str, final: str) -> None:

@@ -30,20 +30,23 @@ LAYERS = [
     },
     {
         "parallel",
+        "coordinate_check",
         "commit",
         "safe_dcp",
+        "average",
         "remote_checkpoints",
         "remote_lock",
         "checkpoint_place",
         "checkpoint",
         "weights_io",
+        "lineage",
         "inherit",
         "hf",
         "eval",
     },
-    {"run"},
-    {"train", "run_folder", "saver", "sinks", "plots", "inspection"},
-    {"cli", "cli_data", "__main__"},
+    {"run", "toy"},
+    {"train", "branch", "run_folder", "saver", "sinks", "plots", "inspection", "scaling"},
+    {"cli", "cli_data", "cli_science", "cli_fit", "__main__"},
 ]
 APART = {"model", "data", "optim"}  # these never see each other
 FILES = sorted(PACKAGE.rglob("*.py"))

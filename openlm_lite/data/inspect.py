@@ -42,19 +42,16 @@ def inspect_dataset(
     }
 
 
-def inspect_step(
-    stream: TokenStream, step: int, global_batch: int
+def inspect_samples(
+    stream: TokenStream, first: int, n_samples: int
 ) -> tuple[int, list[dict[str, Any]]]:
-    """(checksum, rows with their text) of the batch of `global_batch` rows at `step` (from 0).
-
-    True for runs that kept one batch size from sample 0 on.
-    """
-    if step < 0 or global_batch < 1:
-        raise InputError(f"step {step}, batch of {global_batch} rows: needed are >= 0 and >= 1")
+    """(checksum, rows with their text) of the batch of the samples from `first` on."""
+    if first < 0 or n_samples < 1:
+        raise InputError(f"sample {first}, batch of {n_samples} rows: needed are >= 0 and >= 1")
     folder = stream.sources[0].dataset.folder
     has_words = storage.exists(f"{folder}/tokenizer.json")  # OpenLM's shards have none
     tokenizer = load_tokenizer(folder) if has_words else None
-    samples = np.arange(step * global_batch, (step + 1) * global_batch)
+    samples = np.arange(first, first + n_samples)
     places = stream.places(samples)
     rows, _ = stream.read(places)
     found: list[dict[str, Any]] = []

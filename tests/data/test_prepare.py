@@ -20,7 +20,7 @@ import pytest
 from openlm_lite.data import gather, prepare_out, spill
 from openlm_lite.data import prepare as prepare_module
 from openlm_lite.data.dataset import open_dataset
-from openlm_lite.data.inspect import inspect_dataset, inspect_step
+from openlm_lite.data.inspect import inspect_dataset, inspect_samples
 from openlm_lite.data.plan import PrepareConfig
 from openlm_lite.data.prepare import prepare
 from openlm_lite.data.stream import single_stream
@@ -439,7 +439,7 @@ def test_inspect_shows_the_rows_of_a_step(config: Config) -> None:
     prepare(config())
     dataset = open_dataset(config().out)
     stream = single_stream(dataset, 64, seed=0, shuffle_shards=2)
-    _, rows = inspect_step(stream, step=3, global_batch=4)
+    _, rows = inspect_samples(stream, first=12, n_samples=4)
     assert [row["sample"] for row in rows] == [12, 13, 14, 15]
     tokenizer = load_tokenizer(dataset.folder)
     first = stream.read(stream.places(np.array([12])))[0][0]
