@@ -10,10 +10,12 @@ docs/images/science_EXPERIMENT.svg. Needs the data of `make quickstart`.
 
     cooldown     the same tokens with and without a cooldown, branched from one trunk
     averages     LAWA and EMA beside the raw weights, all along a run
-    inheritune   a student from the first half of a teacher's layers, and the same from scratch
+    inheritune   a student from the first half of a teacher's layers, and the same from scratch,
+                 as long, and as long as teacher and student together
     muon         AdamW and Muon, each at the best learning rate of one grid; Muon with 0.75 of the
                  tokens
-    ladder       recipes/ladder.yaml, trained, fitted, and the held-out larger run predicted
+
+The ladder has commands of its own: recipes/ladder.yaml.
 """
 
 from __future__ import annotations
@@ -203,9 +205,21 @@ def inheritune(out: Path, jobs: int) -> tuple[dict[str, Any], dict[str, Curve]]:
         start = f"model.init_from={{path: {teacher.folder(out)}, layers: [0-1]}}"
         students["inherited", seed] = Run(f"inheritune/inherited-{seed}", (*words, start))
         students["from scratch", seed] = Run(f"inheritune/scratch-{seed}", words)
+        students["from scratch, twice as long", seed] = Run(
+            f"inheritune/long-{seed}",
+            (
+                *words,
+                f"total_steps={2 * STEPS}",
+                "schedule={name: cosine_cooldown, warmup_steps: 60, end_lr: 6e-5, "
+                "cooldown_steps: 170}",
+            ),
+        )
     train(list(students.values()), out, jobs)
     results: dict[str, Any] = {
-        "teacher, 4 layers": spread([teachers[seed].final(out) for seed in SEEDS])
+        "teacher, 4 layers": spread([teachers[seed].final(out) for seed in SEEDS]),
+        "from scratch, twice as long": spread(
+            [students["from scratch, twice as long", seed].final(out) for seed in SEEDS]
+        ),
     }
     for step in (34, 102, 204, 340):
         tokens = step * 2048
@@ -218,8 +232,8 @@ def inheritune(out: Path, jobs: int) -> tuple[dict[str, Any], dict[str, Curve]]:
             "difference": difference(found["inherited"], found["from scratch"]),
         }
     curves = {
-        "student, inherited layers": students["inherited", 0].curve(out),
-        "student, from scratch": students["from scratch", 0].curve(out),
+        f"student, {name}": students[name, 0].curve(out)
+        for name in ("inherited", "from scratch", "from scratch, twice as long")
     }
     return results, curves
 
