@@ -26,7 +26,7 @@ slow: $(call STAMP,dev)
 
 # the slower of the tests with real kills, full disks and servers that fail
 fault: $(call STAMP,dev)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'slow and fault and not slurm' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 -m 'slow and fault and not slurm' $(ARGS)
 
 slurm: $(call STAMP,dev)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm $(ARGS)
