@@ -107,7 +107,7 @@ class TokenStream:
 
     A shard that cannot be read is an error, or, for up to `max_bad_shards` of them, left out (see
     `read`). `bad_shards` holds those that were met, (source, shard) -> message; those of an earlier
-    run are put there to be left out again.
+    run, and those that other ranks met meanwhile, are put there to be left out, too.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class TokenStream:
             one = len(self.sources) == 1
             here = slice(None) if one else np.flatnonzero(places.source == s)
             rows = out if one else out[here]
-            known_bad = {shard for name, shard in self.bad_shards if name == self.names[s]}
+            known_bad = {shard for name, shard in tuple(self.bad_shards) if name == self.names[s]}
             read = self.sources[s].read
             for error in read(places.shard[here], places.row[here], rows, known_bad):
                 self._meet(s, error)
@@ -158,7 +158,7 @@ class TokenStream:
                 out[here] = rows
         if not self.bad_shards:
             return out, None
-        bad = [(self.names.index(name), shard) for name, shard in self.bad_shards]
+        bad = [(self.names.index(name), shard) for name, shard in tuple(self.bad_shards)]
         counts = np.ones(len(out), dtype=bool)
         for s, shard in bad:
             counts &= (places.source != s) | (places.shard != shard)
@@ -193,9 +193,12 @@ class TokenStream:
         return [0] if len(self.sources) == 1 else distinct(source)
 
     def _meet(self, s: int, error: BadShardError) -> None:
+        key = self.names[s], error.shard
+        if key in self.bad_shards:  # another rank met it while this one tried
+            return
         if len(self.bad_shards) >= self.max_bad_shards:
             raise error
-        self.bad_shards[self.names[s], error.shard] = str(error)
+        self.bad_shards[key] = str(error)
 
 
 def single_stream(

@@ -396,3 +396,24 @@ def test_a_shard_that_was_left_out_before_stays_out(make_dataset: Callable[..., 
     _, counts = stream.read(places)
     assert counts is not None
     assert (~counts).tolist() == ((places.source == 0) & (places.shard == 0)).tolist()
+
+
+def test_a_shard_that_another_rank_reports_while_this_one_reads_it_counts_once(
+    make_dataset: Callable[..., Path],
+) -> None:
+    stream = mixed(make_dataset, max_bad_shards=1)
+    places = stream.places(np.arange(40))
+    dataset = stream.sources[1].dataset
+    (Path(dataset.folder) / "shard-000001.tar").write_bytes(b"short")
+    blocks = dataset.blocks
+
+    def blocks_while_told(shard: int) -> np.ndarray:
+        if shard == 1:  # as `share_bad_shards` does, from the thread that trains
+            stream.bad_shards["many", 1] = "another rank's message"
+        return blocks(shard)
+
+    dataset.blocks = blocks_while_told
+    _, counts = stream.read(places)
+    assert counts is not None
+    assert (~counts).tolist() == ((places.source == 1) & (places.shard == 1)).tolist()
+    assert stream.bad_shards == {("many", 1): "another rank's message"}
