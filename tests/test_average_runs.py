@@ -219,17 +219,6 @@ def test_validation_in_bf16_under_fsdp_sees_the_average_and_leaves_the_run_as_it
         assert abs(seen - val_losses(tmp_path / "a")[12]) > 6e-3 * seen
 
 
-@pytest.mark.slow
-def test_compiled_blocks_see_the_average(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
-) -> None:
-    words = [AVERAGES, "parallel.compile=true"]
-    assert run(train_server, toy_recipe, tmp_path / "r", *words, world=2) == [0, 0]
-    for name in NAMES:
-        ours, theirs = val_losses(tmp_path / "r", name), val_losses(reference, name)
-        assert ours == pytest.approx(theirs, rel=1e-5)
-
-
 def test_an_exported_average_has_the_loss_that_the_run_saw(
     toy_recipe: Path, tmp_path: Path, reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
