@@ -187,7 +187,7 @@ def _config(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from openlm_lite.stop import StopRequest
 
-    with StopRequest() as stop:  # first of all: what follows imports torch, for seconds
+    with StopRequest(until_exit=True) as stop:  # first: what follows imports torch, for seconds
         from openlm_lite import log
         from openlm_lite.run import load_run
         from openlm_lite.train import train

@@ -10,7 +10,6 @@ a signal in those seconds is remembered too. Slurm's may come a minute before it
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import threading
@@ -37,12 +36,17 @@ class StopRequest:
     A request stays; asking again changes nothing, whichever the signals. Only a second Ctrl-C, half
     a second after the first or later, ends the process: KeyboardInterrupt in the main thread, and
     the watchdog's end where that does not get through. What is saved by then stays whole.
+
+    Released, the signals are whose they were; with `until_exit`, for a command that has come to its
+    end, they are ignored. The interpreter's own end takes a second with torch, Slurm and torchrun
+    ask twice, and a run that is done may be asked just then: none of that changes the exit code.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, *, until_exit: bool = False) -> None:
         self.requested = False
+        self.until_exit = until_exit
         self.parent = os.getppid()  # who started us: a launcher that dies later is missed by this
         self.listens = threading.current_thread() is threading.main_thread()
         self._insisted = False
@@ -102,15 +106,13 @@ class StopRequest:
         return self._insisted
 
     def release(self) -> None:
-        """Give the signals back to whom they belonged; a second call does nothing."""
+        """Give the signals back to whom they belonged, or to nobody; a second call does nothing."""
         if not self.listens:
             return
         self.listens = False
-        # The interpreter's end takes a second with torch. Slurm and torchrun ask twice, and a run
-        # that is done may be asked just then: neither must change the exit code.
-        atexit.register(_ignore_requests)
         for number, handler in self._before.items():
-            signal.signal(number, _DEFAULT if handler is None else handler)
+            # a handler would not last: the interpreter drops all of them before its end
+            signal.signal(number, signal.SIG_IGN if self.until_exit else handler or _DEFAULT)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
         signal.set_wakeup_fd(self._fd_before)
         read_end, self._read_end = self._read_end, -1
@@ -124,8 +126,3 @@ class StopRequest:
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
         self.release()
-
-
-def _ignore_requests() -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

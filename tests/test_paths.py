@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from openlm_lite import cli, storage
+from openlm_lite import storage
 from openlm_lite.data import prepare_out
 from openlm_lite.data.plan import PrepareConfig
 from openlm_lite.log import read_metrics
+from openlm_lite.run import load_run
+from openlm_lite.train import train
 
 # Where a name comes from -> (what holds it, the test of that)
 NAMES_FROM_OUTSIDE = {
@@ -100,7 +102,7 @@ def test_names_of_sources_never_become_paths(toy_recipe: Path, tmp_path: Path) -
         f"data.sources={json.dumps(sources)}",
         f"data.val={json.dumps({name: f'{data}/val'})}",
     ]
-    assert cli.main(["train", str(toy_recipe), *words]) == 0
+    assert train(load_run(str(toy_recipe), words)) == 0
     assert [p for p in sorted(tmp_path.rglob("*")) if tmp_path / "run" not in [p, *p.parents]] == (
         before
     )

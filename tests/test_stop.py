@@ -28,7 +28,7 @@ PROGRAM = """
 import sys
 from openlm_lite.stop import INTERRUPTED, StopRequest
 
-with StopRequest() as stop:
+with StopRequest(until_exit=True) as stop:
     try:
         import slow
     except KeyboardInterrupt:
@@ -125,11 +125,18 @@ def test_a_request_with_standard_error_closed_is_no_failure(tmp_path: Path) -> N
     assert finish(process, tmp_path) == (75, "")
 
 
-def test_a_second_signal_while_the_interpreter_ends_keeps_the_exit_code(tmp_path: Path) -> None:
-    late = """
-import atexit, signal
-for number in (signal.SIGUSR1, signal.SIGTERM):
-    atexit.register(signal.raise_signal, number)
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+def test_a_second_signal_while_the_interpreter_ends_keeps_the_exit_code(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """At any moment: in the handlers of the end, and when the interpreter has let go of its own."""
+    late = f"""
+import atexit, signal, sys
+class Last:
+    def __del__(self, ask=signal.raise_signal):
+        ask({int(number)})
+sys.last = Last()
+atexit.register(signal.raise_signal, {int(number)})
 """
     process = start(tmp_path, late + PROGRAM)
     process.send_signal(TERM)
@@ -200,7 +207,6 @@ def test_any_sequence_is_one_request_and_only_a_later_ctrl_c_ends(
     pressed_at = None
     with pytest.MonkeyPatch.context() as patch, StopRequest() as stop:
         patch.setattr(stop_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-        patch.setattr(stop_module.atexit, "register", lambda _: None)
         for event, wait in events:
             clock[0] += wait
             ends = event == INT and pressed_at is not None and clock[0] - pressed_at >= 0.5
