@@ -114,7 +114,7 @@ def seeded(seed: int) -> tuple[str, ...]:
 def cooldown(out: Path, jobs: int) -> tuple[dict[str, Any], dict[str, Curve]]:
     """One trunk at a constant rate; branches that cool down from three of its checkpoints."""
     length = 85
-    schedule = "schedule={name: constant, warmup_steps: 30}"
+    schedule = "schedule={name: constant, warmup_steps: 30, cooldown_steps: 0}"
     trunks = {
         seed: Run(
             f"cooldown/trunk-{seed}",
@@ -163,8 +163,8 @@ def averages(out: Path, jobs: int) -> tuple[dict[str, Any], dict[str, Curve]]:
         "ema: {kind: ema, decay: 0.95, every_steps: 1}}"
     )
     schedules = {
-        "constant": "schedule={name: constant, warmup_steps: 30}",
-        "cosine": "schedule={name: cosine, warmup_steps: 30, end_lr: 6e-5}",
+        "constant": "schedule={name: constant, warmup_steps: 30, cooldown_steps: 0}",
+        "cosine": "schedule={name: cosine, warmup_steps: 30, end_lr: 6e-5, cooldown_steps: 0}",
     }
     runs = {
         (name, seed): Run(

@@ -11,7 +11,7 @@ shards depend on the inputs, the tokenizer and the settings, never on who did th
 was killed goes on where it was: pieces and shards that are marked done are kept. A finished folder
 is left alone, whatever is asked of it.
 
-As a library: workers are spawned, so call `prepare` under `if __name__ == "__main__":`.
+As a library: workers import the main module, so call `prepare` under `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,6 +81,8 @@ def prepare(cfg: PrepareConfig) -> PrepareReport:
     the same command goes on.
     """
     started = time.monotonic()
+    if cfg.executor == "local" and cfg.workers != 1:
+        pool.get_ready(__name__)
     work = _work(cfg)
     place = work.place
     if prepare_out.is_finished(place, work.fingerprint):
@@ -98,7 +101,8 @@ def prepare(cfg: PrepareConfig) -> PrepareReport:
             if cfg.executor == "ray":
                 stack.enter_context(prepare_ray.cluster(cfg.ray_address, cfg.workers))
                 each_done, workers = prepare_ray.each_done, cfg.workers
-            n_tokens = _run(work, each_done, workers)
+            beside = stack.enter_context(ThreadPoolExecutor(1))
+            n_tokens = _run(work, each_done, workers, beside)
     except ResumableError:
         raise
     except InputError:
@@ -136,13 +140,17 @@ def _work(cfg: PrepareConfig) -> _Work:
     return _Work(cfg, place, plan, tokenizer, filters, settings, fingerprint)
 
 
-def _run(work: _Work, each_done: EachDone, workers: int) -> int:
+def _run(work: _Work, each_done: EachDone, workers: int, beside: ThreadPoolExecutor) -> int:
     """All stages, inside the lock; returns the number of tokens that were made."""
     cfg, place, plan = work.cfg, work.place, work.plan
     tokenizer = work.tokenizer
     if tokenizer is None:
         tokenizer = _trained_tokenizer(cfg, plan, os.path.join(place.scratch, "tokenizer"))
-    prepare_out.send_tokenizer(place, tokenizer)
+    tokenizer_saved = beside.submit(prepare_out.save_tokenizer, place, tokenizer)
+    if place.is_remote:  # before the long work: so that a place that takes no files is found now
+        tokenizer_saved.result()
+        for split in place.splits:
+            prepare_out.give_tokenizer(place, split)
     dtype = dtype_for(tokenizer.vocab_size)
     skip_bad = cfg.on_bad_document == "skip"
     spill_cfg = SpillConfig(
@@ -172,6 +180,7 @@ def _run(work: _Work, each_done: EachDone, workers: int) -> int:
     entries = _write_shards(jobs, tables, place, each_done, workers)
     dropped = prepare_report.dropped_in(reports)
     prepare_out.write_report(place, prepare_report.facts_of(reports, place.splits))
+    tokenizer_saved.result()
     for split in reversed(place.splits):  # train last: its dataset.json says that all is done
         info = DatasetInfo(
             format_version=FORMAT_VERSION,
@@ -191,7 +200,7 @@ def _run(work: _Work, each_done: EachDone, workers: int) -> int:
             fingerprint=work.fingerprint,
             seed=cfg.seed,
         )
-        prepare_out.finish_split(place, split, tokenizer, entries[split], info)
+        prepare_out.finish_split(place, split, entries[split], info)
     return n_tokens
 
 

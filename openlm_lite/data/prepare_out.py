@@ -29,6 +29,7 @@ from openlm_lite.errors import InputError
 SCRATCH = ".prepare"
 REPORT_NAME = "report.json"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
+_SAVED_TOKENIZER = "tokenizer-files"  # in the scratch
 
 
 class ResumableError(InputError):
@@ -153,24 +154,30 @@ def read_report(place: Place) -> dict[str, Any]:
         return json.load(file)
 
 
-def send_tokenizer(place: Place, tokenizer: Tokenizer) -> None:
-    """To a remote `out`, before the long work: so that a place that takes no files is found now."""
-    for split in place.splits if place.is_remote else ():
-        tokenizer.save(place.folder_of(split))
-        for name in TOKENIZER_NAMES:
-            path = os.path.join(place.folder_of(split), name)
-            storage.put_file(path, f"{place.url_of(split)}/{name}")
+def save_tokenizer(place: Place, tokenizer: Tokenizer) -> None:
+    """Into the scratch, where `give_tokenizer` finds it: takes seconds for a large vocabulary."""
+    tokenizer.save(os.path.join(place.scratch, _SAVED_TOKENIZER))
 
 
-def finish_split(
-    place: Place, split: str, tokenizer: Tokenizer, shards: list[ShardEntry], info: DatasetInfo
-) -> None:
+def give_tokenizer(place: Place, split: str) -> None:
+    """The saved files into the folder of a split, and to where it is sent."""
+    folder, url = place.folder_of(split), place.url_of(split)
+    os.makedirs(folder, exist_ok=True)
+    for name in TOKENIZER_NAMES:
+        with open(os.path.join(place.scratch, _SAVED_TOKENIZER, name), "rb") as file:
+            storage.write_bytes(os.path.join(folder, name), file.read())
+        if url is not None:
+            storage.put_file(os.path.join(folder, name), f"{url}/{name}")
+
+
+def finish_split(place: Place, split: str, shards: list[ShardEntry], info: DatasetInfo) -> None:
     """Write (and send) what stands beside the shards, dataset.json last."""
     folder, url = place.folder_of(split), place.url_of(split)
     for name in os.listdir(folder):
         if name.startswith(".shard-") and ".tmp-" in name:  # of a writer that was killed
             os.unlink(os.path.join(folder, name))
-    tokenizer.save(folder)
+    if url is None:
+        give_tokenizer(place, split)
     contents = {
         MANIFEST_NAME: manifest_module.manifest_text(shards),
         INFO_NAME: manifest_module.info_text(info),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from openlm_lite.data import pool
 from openlm_lite.errors import InputError
+from tests.train_server import ROOT
 
 
 def add(job: int, more: int) -> int:
@@ -35,6 +39,52 @@ def test_every_job_is_done_once_with_the_shared_arguments(workers: int) -> None:
 def test_an_input_error_in_a_worker_arrives_as_it_is(workers: int) -> None:
     with pytest.raises(InputError, match="job 2 is bad"):
         list(pool.each_done(fail_on_two, range(5), (), workers))
+
+
+def setting(_: int, name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def test_workers_see_the_environment_as_it_is_when_the_work_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not as it was when the first workers began: credentials may have come since."""
+    for value in ("one", "two"):
+        monkeypatch.setenv("OPENLM_LITE_SETTING", value)
+        found = list(pool.each_done(setting, range(2), ("OPENLM_LITE_SETTING",), 2))
+        assert [result for _, result in found] == [value, value]
+
+
+def test_workers_start_in_a_temporary_folder_of_a_long_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert sorted(pool.each_done(add, range(3), (10,), 2)) == [(i, i + 10) for i in range(3)]
+
+
+def test_workers_hold_no_more_than_was_imported_for_them(tmp_path: Path) -> None:
+    """Nor a thread, lock or module of the process that asked for them."""
+    (tmp_path / "program.py").write_text("""
+import sys
+from openlm_lite.data import pool
+
+def loaded(_):
+    return "torch" in sys.modules, "openlm_lite.data.gather" in sys.modules
+
+if __name__ == "__main__":
+    pool.get_ready("openlm_lite.data.prepare")
+    import torch
+    print([result for _, result in pool.each_done(loaded, range(2), (), 2)])
+""")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("[(False, True), (False, True)]\n", "")
 
 
 def test_a_killed_worker_says_that_the_run_can_go_on() -> None:
