@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from openlm_lite.run import load_run
 from tests.run_faults import fault
 from tests.test_train import losses, measured, same_weights
 from tests.tiny_run import process_group
-from tests.train_server import TrainServer
+from tests.train_server import ROOT, TrainServer
 
 AVERAGES = (
     "averages={fast: {kind: ema, decay: 0.8, warmup_power: 0.6}, "
@@ -217,6 +220,23 @@ def test_validation_in_bf16_under_fsdp_sees_the_average_and_leaves_the_run_as_it
         seen = val_losses(tmp_path / "a", name)[12]
         assert seen == pytest.approx(loss_of(model, toy_recipe), rel=3e-3)
         assert abs(seen - val_losses(tmp_path / "a")[12]) > 6e-3 * seen
+
+
+@pytest.mark.slow
+def test_compiled_blocks_see_the_average(toy_recipe: Path, tmp_path: Path) -> None:
+    """In a process of its own: the compiler's workers do not outlive a fork."""
+    words = ["run.dir=" + str(tmp_path / "run"), AVERAGES, "parallel.compile=true"]
+    done = subprocess.run(
+        [sys.executable, "-m", "openlm_lite", "train", str(toy_recipe), *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in NAMES:
+        model = read_model(resolve_checkpoint(str(tmp_path / "run")), name)
+        seen = val_losses(tmp_path / "run", name)[12]
+        assert seen == pytest.approx(loss_of(model, toy_recipe), rel=1e-5)
 
 
 def test_an_exported_average_has_the_loss_that_the_run_saw(
