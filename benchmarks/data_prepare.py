@@ -1,7 +1,7 @@
 """`openlm prepare` against its tokenizer alone, on one and on two processes, and its memory.
 
     python benchmarks/data_prepare.py CORPUS.jsonl … --tokenizer NAME_OR_FILE [--workers 1 2] \
-        [--options '{"dedup": true}'] [--repeats 3]
+        [--options '{"dedup": true}'] [--repeats 3] [--without-alone]
 
 Prints one JSON line per case; a process has one thread that tokenises. `share` is the speed of
 prepare divided by that of the tokenizer alone on as many processes (1.0: nothing else costs
@@ -183,16 +183,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--options", type=json.loads, default={}, help="more of PrepareConfig")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without-alone", action="store_true", help="only `prepare`, for scaling")
     args = parser.parse_args()
     for _ in range(args.repeats):
         ones: dict[str, float] = {}  # kind of case -> tokens/s on one process
         for workers in args.workers:
-            alone = tokenizers_alone(args.paths, args.tokenizer, workers)
             result = prepared(args.paths, args.tokenizer, workers, args.options)
-            for rate in ("tokens_per_second", "tokens_per_cpu_second"):
-                share = "share" if rate == "tokens_per_second" else "cpu_share"
-                result[share] = result[rate] / alone[rate]
-            for case in (alone, result):
+            cases = [result]
+            if not args.without_alone:
+                alone = tokenizers_alone(args.paths, args.tokenizer, workers)
+                result["share"] = result["tokens_per_second"] / alone["tokens_per_second"]
+                rate = "tokens_per_cpu_second"
+                result["cpu_share"] = result[rate] / alone[rate]
+                cases = [alone, result]
+            for case in cases:
                 kind = case["case"].split(",")[0]
                 case["scaling"] = case["tokens_per_second"] / ones.setdefault(
                     kind, case["tokens_per_second"]
