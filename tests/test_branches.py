@@ -89,6 +89,7 @@ def branch(toy_recipe: Path, trunk: Path, tmp_path: Path) -> Callable[..., list[
 WHOLE = ["model.init_from.optimizer=true", "model.init_from.data=continue"]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_branch_with_the_trunks_own_schedule_trains_what_the_trunk_trained_to_the_bit(
     train_server: TrainServer,
@@ -97,12 +98,14 @@ def test_a_branch_with_the_trunks_own_schedule_trains_what_the_trunk_trained_to_
     branch: Callable[..., list[str]],
     tmp_path: Path,
     world: int,
+    optimizer: str,
 ) -> None:
-    if world > 1:
+    own = [f"optim.name={optimizer}"]
+    if world > 1 or optimizer != "adamw":
         trunk = tmp_path / "trunk"
-        words = [str(toy_recipe), f"run.dir={trunk}", *TRUNK]
+        words = [str(toy_recipe), f"run.dir={trunk}", *TRUNK, *own]
         assert set(train_server.train(*words, world=world)["codes"]) == {0}
-    words = branch(*WHOLE, start=f"{trunk}@4")
+    words = branch(*WHOLE, *own, start=f"{trunk}@4")
     assert set(train_server.train(*words, world=world)["codes"]) == {0}
     assert measured(tmp_path / "branch", after=4) == measured(trunk, after=4)
     assert len(measured(trunk, after=4)) == 4 + 1
