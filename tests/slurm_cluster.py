@@ -172,11 +172,11 @@ class Cluster:
         wait_until(f"step {steps}", there)
         assert len(losses(run)) >= steps, f"the job ended: {self.field(job, 'JobState')}"
 
-    def wait_for_process(self, job: str, word: str) -> None:
-        """Until a process of the job runs whose command line has an argument that ends so."""
+    def wait_for_process(self, word: str, *variables: str) -> None:
+        """Until a process with these in its environment has an argument that ends so."""
 
         def there() -> bool:
-            for process in self._processes(f"SLURM_JOB_ID={job}"):
+            for process in self._processes(*variables):
                 with suppress(OSError):
                     arguments = (process / "cmdline").read_bytes().decode().split("\0")
                     if any(argument.endswith(word) for argument in arguments):

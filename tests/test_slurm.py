@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from openlm_lite.checkpoint import resolve_checkpoint
+from openlm_lite.cli import main
 from openlm_lite.data.prepare import PrepareConfig, prepare
 from openlm_lite.run_folder import STOPPED_NAME
 from tests.data.prepare_corpus import (
@@ -19,6 +21,7 @@ from tests.data.prepare_corpus import (
     train_small_tokenizer,
     write_lines,
 )
+from tests.scaling.test_ladder import small_ladder
 from tests.slurm_cluster import (
     PREPARE,
     TRAIN,
@@ -27,7 +30,7 @@ from tests.slurm_cluster import (
     skip_without_slurm,
     wait_until,
 )
-from tests.train_server import TrainServer
+from tests.train_server import ROOT, TrainServer
 
 ONE_NODE = ("--nodes=1",)
 # Steps that are slow enough for something to happen in the middle of a run.
@@ -162,10 +165,10 @@ def test_a_signal_before_there_is_a_rank_costs_nothing(
     words = [str(toy_recipe), "total_steps=100000", "checkpoint.every_steps=100000"]
     job = cluster.submit(out, *words, f"run.dir={run}")
     if receiver == "torchrun":
-        cluster.wait_for_process(job, "/torchrun")
+        cluster.wait_for_process("/torchrun", f"SLURM_JOB_ID={job}")
         cluster.run("scancel", "--signal=USR1", job)
     else:
-        cluster.wait_for_process(job, "openlm_lite.cli")
+        cluster.wait_for_process("openlm_lite.cli", f"SLURM_JOB_ID={job}")
         cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_until("the job is requeued", lambda: cluster.field(job, "Restarts") == "1")
     (stopped,) = stopped_steps(out)
@@ -356,6 +359,35 @@ def test_an_array_prepares_a_dataset_per_source_over_a_requeue_of_one_task(
         )
         prepare(cfg)
         assert files_of(tmp_path / "out" / source) == files_of(tmp_path / "direct" / source)
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_ladder_trains_as_an_array_and_a_task_that_is_told_to_stop_goes_on(
+    cluster: Cluster, toy_recipe: Path, tmp_path: Path
+) -> None:
+    folder, plan = tmp_path / "ladder", small_ladder(tmp_path, toy_recipe)
+    assert main(["fit", "--plan", str(plan), "--out", str(folder)]) == 0
+    runs = json.loads((folder / "ladder.json").read_text())["runs"]
+    array = cluster.submit(
+        tmp_path / "out-%a.txt",
+        script=folder / "array.sbatch",
+        options=("--nodes=1",),
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    task = (f"SLURM_ARRAY_JOB_ID={array}", "SLURM_ARRAY_TASK_ID=0")
+    cluster.wait_for_process("torchrun", *task)
+    # of a task scancel may say "try again later" although the signal has arrived, and repeat it
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{array}_0", check=False)
+    for number, run in enumerate(runs):
+        if run["is_target"]:
+            continue
+        assert cluster.wait_for_end(f"{array}_{number}") == "COMPLETED"
+        assert (folder / f"{run['name']}.done").exists()
+        assert len(losses(folder / run["folder"])) == run["steps"]
+    stops = len(stopped_steps(tmp_path / "out-0.txt"))
+    assert stops == int(cluster.field(f"{array}_0", "Restarts")) >= 1
+    assert not (folder / "target.done").exists()
 
 
 @pytest.mark.parametrize(

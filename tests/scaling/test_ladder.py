@@ -26,6 +26,10 @@ LAW = OverTraining(1.8, 200.0, 300.0, 0.14)
 
 @pytest.fixture
 def ladder(tmp_path: Path, toy_recipe: Path) -> Path:
+    return small_ladder(tmp_path, toy_recipe)
+
+
+def small_ladder(tmp_path: Path, toy_recipe: Path) -> Path:
     """A very small ladder on the toy corpus."""
     recipe = yaml.safe_load(toy_recipe.read_text())
     for name in ("run", "global_batch_tokens", "total_steps"):
