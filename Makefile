@@ -13,7 +13,7 @@ STAMP = .venv/installed-$(1)
 # each test process uses one thread
 WORKERS := -n auto --maxprocesses=8
 
-.PHONY: quickstart test slow fault slurm check clean
+.PHONY: quickstart test slow fault slurm check docs clean
 
 quickstart: $(call STAMP,quickstart)
 	examples/quickstart.sh
@@ -35,6 +35,10 @@ check: $(call STAMP,dev)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# the documentation as a site in build/site; a dead link is an error
+docs: $(call STAMP,docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv runs
