@@ -12,6 +12,7 @@ that no message, log or config can hold one.
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import tempfile
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 from openlm_lite import retries
 from openlm_lite.errors import InputError
 from openlm_lite.redact import refuse_credentials
-from openlm_lite.retries import MissingError, ShortError, retried
+from openlm_lite.retries import ChangedError, MissingError, ShortError, retried
 
 # scheme -> (the package that fsspec needs for it, the extra of this project that installs it)
 SCHEMES = {
@@ -118,7 +119,8 @@ def download(url: str, local: str, n_bytes: int | None, *, store_checks: bool = 
     whoever has a checksum of his own says False. A failure leaves a part of the file.
     Raises MissingError, InputError, RemoteError, DamagedError; OSError of the local disk as it is.
     """
-    fs = _filesystem(scheme_of(url), store_checks)
+    scheme = scheme_of(url)
+    fs = _filesystem(scheme, store_checks)
     seconds = (
         retries.RETRY.attempt_seconds + (n_bytes or 0) / retries.RETRY.slowest_bytes_per_second
     )
@@ -128,6 +130,8 @@ def download(url: str, local: str, n_bytes: int | None, *, store_checks: bool = 
         found = os.path.getsize(local)
         if n_bytes is not None and found != n_bytes:
             raise ShortError(f"{found} of {n_bytes} bytes arrived")
+        if store_checks and scheme == "gs":
+            _check_crc32c(fs, url, local)
 
     retried(url, "reading", attempt)
 
@@ -204,12 +208,35 @@ def _is_hidden(name: str) -> bool:
     return last.startswith((".", "_")) or any(folder.startswith(".") for folder in folders)
 
 
+def _check_crc32c(fs: Any, url: str, local: str) -> None:
+    """Raises ChangedError unless the file has the crc32c that Google has for the object.
+
+    gcsfs itself compares md5 only, which Google does not keep for objects composed of several.
+    """
+    import google_crc32c  # gcsfs needs it
+
+    crc = google_crc32c.Checksum()
+    with open(local, "rb") as file:
+        while chunk := file.read(_RANGE_BYTES):
+            crc.update(chunk)
+    found = base64.b64encode(crc.digest()).decode()
+    stored = _call(fs, "info", url, seconds=retries.RETRY.attempt_seconds).get("crc32c")
+    if found != stored:
+        raise ChangedError(
+            f"the checksum crc32c of what arrived is {found}, the store has {stored}"
+        )
+
+
 def _filesystem(scheme: str, store_checks: bool = True) -> Any:
     """fsspec's filesystem for `scheme`, one for all threads: it keeps connections open."""
     key = (os.getpid(), scheme, store_checks, retries.RETRY)
     if key in _filesystems:
         return _filesystems[key]
     package, extra = SCHEMES[scheme]
+    if scheme == "gs":
+        # gcsfs' way for zonal buckets asks for the type of every bucket first, by gRPC outside of
+        # our time-outs, and warns at each call of who may not ask
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import fsspec
 

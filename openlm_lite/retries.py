@@ -69,6 +69,10 @@ class ShortError(OSError):
     """Fewer or more bytes than announced."""
 
 
+class ChangedError(OSError):
+    """Bytes that have not the checksum that the store has of them."""
+
+
 def retried(url: str, doing: str, attempt: Callable[[], Result]) -> Result:
     """The result of `attempt`, tried until it succeeds, is hopeless or the time is up."""
     retry = RETRY
@@ -130,7 +134,8 @@ def _hopeless(url: str, error: Exception) -> Exception | None:
     if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError)):
         bucket = "bucket" if "NoSuchBucket" in words else "file or folder"
         return MissingError(f"{url}: no such {bucket}; check the spelling, and list the folder")
-    if status in (401, 403) or (status is None and isinstance(error, PermissionError)):
+    refused = isinstance(error, PermissionError) or str(error).startswith(_GCSFS_403)
+    if status in (401, 403) or (status is None and refused):
         return RefusedError(
             f"{url}: not allowed ({_told(error)}), or not there; {_CREDENTIALS[scheme]}"
         )
@@ -159,7 +164,8 @@ def _is_local(url: str, error: Exception) -> bool:
     return error.errno in full or (error.filename is not None and str(error.filename) not in url)
 
 
-_MISMATCHES = {"FlexibleChecksumError", "ShortError"}
+_GCSFS_403 = "Forbidden: "  # how gcsfs begins the plain OSError that it makes of a status of 403
+_MISMATCHES = {"FlexibleChecksumError", "ShortError", "ChangedError"}
 _TRANSIENT_WORDS = {
     "SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted",
     "FlexibleChecksumError", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
