@@ -2,7 +2,7 @@
 
     TokenStream(sources, mixture)          endless: sample i -> row of seq_len + 1 ids
     train_batches(stream, …)               global batch b = samples [first + b*G, first + (b+1)*G);
-                                           rank r gets every world_size-th of them, from r on
+                                           each rank gets those of its lanes (`TokenStream.share`)
     val_batches(dataset, …)                rows in the order of the shards, once
 
 The state of the data is one integer, the next sample: rank count, restarts and prefetching do not
@@ -165,6 +165,22 @@ class TokenStream:
         out[~counts] = 0
         return out, None if counts.all() else counts
 
+    def share(self, indices_NG: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+        """This rank's samples of N global batches of G samples each, [N, about G / world_size].
+
+        Of one source every world_size-th sample, which is what lies in the rank's lanes. Of a
+        mixture the samples whose numbers within their sources are the rank modulo the world size,
+        as nearly as equal shares allow: a source more moves the border between two ranks by a row.
+        """
+        if self.mixture is None or world_size == 1:
+            return indices_NG[:, rank::world_size]
+        _, numbers = self._of_sources(indices_NG.reshape(-1))
+        by_rank = np.argsort(numbers.reshape(indices_NG.shape) % world_size, axis=1, kind="stable")
+        share, more = divmod(indices_NG.shape[1], world_size)
+        start = rank * share + min(rank, more)
+        mine = np.sort(by_rank[:, start : start + share + (rank < more)], axis=1)
+        return np.take_along_axis(indices_NG, mine, axis=1)
+
     def want(self, indices: np.ndarray) -> None:
         """Have the shards of these samples, and those that follow them, fetched meanwhile."""
         if not any(source.dataset.reads_ahead for source in self.sources):
@@ -247,15 +263,16 @@ class _Read(NamedTuple):
 def _read_train(
     stream: TokenStream, first: int, global_batch: int, rank: int, world_size: int
 ) -> Generator[_Read]:
-    mine = np.arange(rank, global_batch, world_size)
-    together = max(1, _PLACES_AT_ONCE // len(mine))
+    n_mine = len(range(rank, global_batch, world_size))
+    together = max(1, _PLACES_AT_ONCE // n_mine)
     while True:
         firsts = first + global_batch * np.arange(together)
-        indices = (firsts[:, None] + mine).reshape(-1)
+        whole = firsts[:, None] + np.arange(global_batch)
+        indices = stream.share(whole, rank, world_size).reshape(-1)
         places = stream.places(indices)
         stream.want(indices)
         for i, batch_first in enumerate(firsts.tolist()):
-            part = slice(i * len(mine), (i + 1) * len(mine))
+            part = slice(i * n_mine, (i + 1) * n_mine)
             here = Origin(*(column[part] for column in places))
             yield _Read(*stream.read(here), here, batch_first)
         first += global_batch * together

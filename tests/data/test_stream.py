@@ -353,6 +353,62 @@ def test_a_batch_says_which_source_each_row_is_from(make_dataset: Callable[..., 
     assert batch.sources_B.sum() == 6
 
 
+@settings(SHARED, max_examples=10)
+@given(
+    world=st.integers(1, 7),
+    extra=st.integers(0, 9),
+    first=st.integers(0, 200),
+    counts=st.lists(st.integers(1, 6), min_size=2, max_size=4),
+)
+def test_the_ranks_of_a_mixture_share_each_global_batch_out_exactly(
+    dataset: Dataset, world: int, extra: int, first: int, counts: list[int]
+) -> None:
+    rows = [SourceRows(dataset, 16, seed=s, shuffle_shards=2) for s in range(len(counts))]
+    sources = dict(zip("abcd", rows, strict=False))
+    pattern = Pattern([Fraction(n, sum(counts)) for n in counts])
+    stream = TokenStream(sources, Mixture(list(sources), [(0, pattern)]))
+    size = world + extra
+    alone = take(stream, 3, first=first, batch=size)
+    ranks = [take(stream, 3, first=first, batch=size, rank=r, world=world) for r in range(world)]
+    for step, whole in enumerate(alone):
+        parts = [batches[step] for batches in ranks]
+        assert [len(p.tokens_BT) for p in parts] == [
+            len(range(r, size, world)) for r in range(world)
+        ]
+        assert {p.first_index for p in parts} == {whole.first_index}
+        assert sum(p.checksum for p in parts) == whole.checksum
+        assert whole.sources_B is not None
+        expected = [(s, *row) for s, row in zip(*_listed(whole), strict=True)]
+        found = [(s, *row) for part in parts for s, row in zip(*_listed(part), strict=True)]
+        assert sorted(found) == sorted(expected)
+
+
+def _listed(batch: Batch) -> tuple[list[int], list[list[int]]]:
+    assert batch.sources_B is not None
+    return batch.sources_B.tolist(), batch.targets_BT.tolist()
+
+
+@pytest.mark.parametrize("world", [4, 16])
+def test_a_rank_of_a_mixture_opens_the_shards_of_its_lanes_and_its_neighbours(
+    make_dataset: Callable[..., Path], world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "_PLACES_AT_ONCE", 2048)
+    sources = {}
+    for name, n_shards in (("web", 64), ("code", 32)):
+        dataset = load_dataset(str(make_dataset(name, [1] * n_shards, block_tokens=64)))
+        sources[name] = SourceRows(dataset, 1, seed=0, shuffle_shards=8, lanes=8)
+    pattern = Pattern([Fraction(613, 1000), Fraction(387, 1000)])
+    stream = TokenStream(sources, Mixture(list(sources), [(0, pattern)]))
+    n_samples = 96 * 64  # an epoch of both
+    whole = np.arange(n_samples).reshape(-1, 128)
+    for rank in range(world):
+        mine = stream.share(whole, rank, world).reshape(-1)
+        places = stream.places(mine)
+        shards = {(int(s), int(n)) for s, n in zip(places.source, places.shard, strict=True)}
+        # of eight lanes; every world_size-th sample would be of all 96 shards
+        assert len(shards) <= 96 * (max(1, 8 // world) + 3) / 8
+
+
 def test_a_bad_shard_ends_the_run_or_is_left_out_with_all_its_rows(
     make_dataset: Callable[..., Path],
 ) -> None:
