@@ -119,6 +119,7 @@ def _convert(args: argparse.Namespace) -> int:
         pad_id=args.pad_id,
         eot_id=args.eot_id,
         workers=args.workers,
+        scratch=args.scratch,
     )
     print_result(dataclasses.asdict(report), args.json)
     return 0

@@ -7,8 +7,8 @@ do with each other. So one row is one block (or, with a smaller --block-tokens, 
 shard, in the same order, and every token that was trained on before is trained on now. What joins
 rows to longer blocks would join strangers; there is no such option.
 
-A run that was killed goes on where it was: shards that are marked done in OUT/.convert are kept.
-The dataset.json comes last; a folder without it is not a dataset.
+Where the work is done, kept and sent is prepare_out.py's: a run that was killed goes on where it
+was, OUT may be a URL, and dataset.json comes last; a folder without it is not a dataset.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 
 from openlm_lite import storage
 from openlm_lite.data import manifest as manifest_module
+from openlm_lite.data import prepare_out
 from openlm_lite.data.dataset import Dataset
 from openlm_lite.data.manifest import (
     DTYPES,
@@ -37,13 +38,14 @@ from openlm_lite.data.manifest import (
     dtype_for,
 )
 from openlm_lite.data.openlm_shards import UNKNOWN_TOKENIZER, OpenLMOptions, load_openlm
+from openlm_lite.data.plan import PrepareConfig
 from openlm_lite.data.pool import Progress, each_done
-from openlm_lite.data.prepare_out import lock
+from openlm_lite.data.prepare_out import Place, ResumableError
 from openlm_lite.data.shards import npy_dtype, write_shard
 from openlm_lite.data.tokenizer import load_tokenizer
 from openlm_lite.errors import InputError
 
-_SCRATCH = ".convert"
+_SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,15 @@ def convert_shards(
     pad_id: int | None = None,
     eot_id: int | None = None,
     workers: int = 0,
+    scratch: str | None = None,
 ) -> ConvertReport:
-    """Convert the OpenLM shards in `folder` (path or URL) to the dataset `out`, or finish that.
+    """Convert the OpenLM shards in `folder` to the dataset `out` (paths or URLs), or finish that.
 
     `tokenizer` (as for `openlm prepare`) is recorded and its vocabulary enforced; without one
     `vocab_size` is enforced, and without both the ids decide. `block_tokens` divides the rows'
     length (default: that length). `pad_id` and `eot_id` as in OpenLMOptions. `workers` processes,
-    0: all cores. Raises InputError; what is done so far stays for the same command to go on.
+    0: all cores. `scratch`: see PrepareConfig. Raises InputError; what is done so far stays for the
+    same command to go on.
     """
     started = time.monotonic()
     known = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -104,7 +108,7 @@ def convert_shards(
             f"--block-tokens {block_tokens}: does not divide the {source.block_tokens} tokens of a "
             f"row of {folder}; rows are not contiguous, so a block cannot hold several"
         )
-    out = storage.local_path(out)
+    place = prepare_out.place_for(PrepareConfig(inputs=(folder,), out=out, scratch=scratch))
     settings = {
         "format": "openlm",
         "manifest_sha256": source.manifest_sha256,
@@ -114,15 +118,25 @@ def convert_shards(
     }
     key = json.dumps([settings, asdict(made_by)], sort_keys=True)
     fingerprint = hashlib.sha256(key.encode()).hexdigest()
-    if _is_finished(out, fingerprint):
-        return replace(_report(out), already_done=True)
-    scratch = os.path.join(out, _SCRATCH)
-    os.makedirs(scratch, exist_ok=True)
-    with lock(scratch):
-        storage.write_json(os.path.join(scratch, "plan.json"), {"fingerprint": fingerprint})
-        dtype, done = _convert_all(source, folder, options, out, block_tokens, workers)
+    if prepare_out.is_finished(place, fingerprint):
+        return _leave(place, already_done=True)
+    existed = os.path.isdir(place.folder)
+    prepare_out.check_out(place, fingerprint)
+    os.makedirs(place.scratch, exist_ok=True)
+    os.makedirs(place.folder, exist_ok=True)
+    with prepare_out.lock(place.scratch):
+        storage.write_json(os.path.join(place.scratch, "plan.json"), {"fingerprint": fingerprint})
         if known is not None:
-            known.save(out)
+            prepare_out.save_tokenizer(place, known)
+            prepare_out.give_tokenizer(place, _SPLIT)
+        try:
+            dtype, done = _convert_all(source, folder, options, place, block_tokens, workers)
+        except ResumableError:
+            raise
+        except InputError:
+            if not _marks(place):  # nothing to go on from: other settings may be tried
+                prepare_out.discard(place, existed)
+            raise
         info = replace(
             source.info,
             block_tokens=block_tokens,
@@ -131,12 +145,15 @@ def convert_shards(
             config={**settings, "source": folder},
             fingerprint=fingerprint,
         )
-        text = manifest_module.manifest_text([shard.entry for shard in done])
-        storage.write_bytes(os.path.join(out, MANIFEST_NAME), text.encode())
-        text = manifest_module.info_text(info)
-        storage.write_bytes(os.path.join(out, INFO_NAME), text.encode())
-    shutil.rmtree(scratch, ignore_errors=True)
-    return replace(_report(out), seconds=time.monotonic() - started)
+        prepare_out.finish_split(place, _SPLIT, [shard.entry for shard in done], info)
+    return _leave(place, seconds=time.monotonic() - started)
+
+
+def _leave(place: Place, already_done: bool = False, seconds: float = 0.0) -> ConvertReport:
+    """The report of the finished dataset; the scratch folder goes."""
+    report = _report(place)
+    shutil.rmtree(place.scratch, ignore_errors=True)
+    return replace(report, already_done=already_done, seconds=seconds)
 
 
 def _vocab_size(done: list[_Done]) -> int:
@@ -144,13 +161,18 @@ def _vocab_size(done: list[_Done]) -> int:
 
 
 def _convert_all(
-    source: Dataset, folder: str, options: OpenLMOptions, out: str, block_tokens: int, workers: int
+    source: Dataset,
+    folder: str,
+    options: OpenLMOptions,
+    place: Place,
+    block_tokens: int,
+    workers: int,
 ) -> tuple[str, list[_Done]]:
     """(dtype, all shards): the narrow dtype if the vocabulary, or else every id, fits it."""
     vocab_size = options.tokenizer.vocab_size
     dtypes = sorted(DTYPES) if vocab_size is None else [dtype_for(vocab_size)]
     for dtype in dtypes:
-        done = _convert_as(dtype, source, folder, options, out, block_tokens, workers)
+        done = _convert_as(dtype, source, folder, options, place, block_tokens, workers)
         if done is not None:
             return dtype, done
     raise AssertionError("every id fits the widest dtype")
@@ -161,16 +183,16 @@ def _convert_as(
     source: Dataset,
     folder: str,
     options: OpenLMOptions,
-    out: str,
+    place: Place,
     block_tokens: int,
     workers: int,
 ) -> list[_Done] | None:
     """All shards as this dtype, those of an earlier run included; None if an id does not fit."""
     entries = source.manifest.shards
-    done = {n: _marked(out, n, dtype) for n in range(len(entries))}
+    done = {n: _marked(place, n, dtype) for n in range(len(entries))}
     left = [n for n, shard in done.items() if shard is None]
     progress = Progress("convert", len(left), "shards")
-    shared = (folder, replace(options, row_ids=source.block_tokens + 1), out, block_tokens, dtype)
+    shared = (folder, replace(options, row_ids=source.block_tokens + 1), place, block_tokens, dtype)
     try:
         for number, shard in each_done(_convert_shard, left, shared, workers or _cores()):
             if shard.too_wide:
@@ -179,9 +201,9 @@ def _convert_as(
             progress.add(1, shard.entry.num_tokens)
     except OSError as e:
         if storage.is_disk_full(e):
-            raise InputError(
-                f"{out}: no space left on the disk (or quota); free some and run the same command "
-                "again: it goes on where it was"
+            raise ResumableError(
+                f"{place.out}: no space left on the disk (or quota); free some and run the same "
+                "command again: it goes on where it was"
             ) from None
         raise
     finally:
@@ -194,9 +216,9 @@ def _cores() -> int:
 
 
 def _convert_shard(
-    number: int, folder: str, options: OpenLMOptions, out: str, block_tokens: int, dtype: str
+    number: int, folder: str, options: OpenLMOptions, place: Place, block_tokens: int, dtype: str
 ) -> _Done:
-    """Decode one shard, write it and mark it done."""
+    """Decode one shard, write it (and send it, where OUT is a URL) and mark it done."""
     source = _loaded(folder, options)
     rows = source.blocks(number)
     entry = ShardEntry(f"shard-{number:06d}", 0, 0, 0, 0)
@@ -210,12 +232,16 @@ def _convert_shard(
         for row in rows
         for start in range(0, source.block_tokens, block_tokens)
     )
-    path = os.path.join(out, entry.file_name)
+    path = os.path.join(place.folder, entry.file_name)
     first = sum(e.num_sequences for e in source.manifest.shards[:number]) * per_row
     count, size, crc = write_shard(path, first, blocks)
     entry = ShardEntry(entry.shard, count, count * block_tokens, size, crc)
+    url = place.url_of(_SPLIT)
+    if url is not None:
+        storage.put_file(path, f"{url}/{entry.file_name}")
+        os.unlink(path)
     storage.write_json(
-        _mark(out, number), {"dtype": dtype, "largest_id": largest, "entry": asdict(entry)}
+        _mark(place, number), {"dtype": dtype, "largest_id": largest, "entry": asdict(entry)}
     )
     return _Done(entry, largest, False)
 
@@ -228,54 +254,36 @@ def _loaded(folder: str, options: OpenLMOptions) -> Dataset:
     return source
 
 
-def _mark(out: str, number: int) -> str:
-    return os.path.join(out, _SCRATCH, f"shard-{number:06d}.json")
+def _mark(place: Place, number: int) -> str:
+    return os.path.join(place.scratch, f"shard-{number:06d}.json")
 
 
-def _marked(out: str, number: int, dtype: str) -> _Done | None:
+def _marks(place: Place) -> list[str]:
+    return [name for name in os.listdir(place.scratch) if name.startswith("shard-")]
+
+
+def _marked(place: Place, number: int, dtype: str) -> _Done | None:
     """A shard that an earlier run finished with this dtype."""
-    if not os.path.exists(_mark(out, number)):
+    if not os.path.exists(_mark(place, number)):
         return None
-    with open(_mark(out, number), encoding="utf-8") as file:
+    with open(_mark(place, number), encoding="utf-8") as file:
         mark: dict[str, Any] = json.load(file)
     entry = ShardEntry(**mark["entry"])
-    path = os.path.join(out, entry.file_name)
-    if mark["dtype"] != dtype or not os.path.exists(path) or os.path.getsize(path) != entry.bytes:
+    url = place.url_of(_SPLIT)
+    path = (
+        os.path.join(place.folder, entry.file_name) if url is None else f"{url}/{entry.file_name}"
+    )
+    if mark["dtype"] != dtype or not storage.exists(path) or storage.size_of(path) != entry.bytes:
         return None
     return _Done(entry, mark["largest_id"], False)
 
 
-def _is_finished(out: str, fingerprint: str) -> bool:
-    """Whether `out` is this very dataset. Raises InputError if it is anything else but stopped."""
-    other = "choose another --out, or remove the folder first"
-    if not os.path.exists(out):
-        return False
-    if not os.path.isdir(out):
-        raise InputError(f"{out}: is not a folder; choose another --out")
-    if os.path.exists(os.path.join(out, INFO_NAME)):
-        if manifest_module.load_info(os.path.join(out, INFO_NAME)).fingerprint == fingerprint:
-            shutil.rmtree(os.path.join(out, _SCRATCH), ignore_errors=True)
-            return True
-        raise InputError(f"{out}: holds a dataset made of other data or settings; {other}")
-    scratch = os.path.join(out, _SCRATCH)
-    if os.path.exists(os.path.join(scratch, "plan.json")):
-        with open(os.path.join(scratch, "plan.json"), encoding="utf-8") as file:
-            same = json.load(file)["fingerprint"] == fingerprint
-        if not same and any(name.startswith("shard-") for name in os.listdir(scratch)):
-            raise InputError(f"{out}: an unfinished run with other data or settings; {other}")
-        return False
-    names = sorted(name for name in os.listdir(out) if name != _SCRATCH)
-    if names:
-        raise InputError(f"{out}: is not empty (it holds {', '.join(names[:5])}); {other}")
-    return False
-
-
-def _report(out: str) -> ConvertReport:
+def _report(place: Place) -> ConvertReport:
     """Read back what stands in the finished folder."""
-    info: DatasetInfo = manifest_module.load_info(os.path.join(out, INFO_NAME))
-    shards = manifest_module.load_manifest(os.path.join(out, MANIFEST_NAME)).shards
+    info: DatasetInfo = manifest_module.load_info(os.path.join(place.folder, INFO_NAME))
+    shards = manifest_module.load_manifest(os.path.join(place.folder, MANIFEST_NAME)).shards
     return ConvertReport(
-        path=out,
+        path=place.named(_SPLIT),
         n_shards=len(shards),
         n_blocks=sum(entry.num_sequences for entry in shards),
         n_tokens=info.n_tokens,

@@ -176,8 +176,8 @@ def finish_split(place: Place, split: str, shards: list[ShardEntry], info: Datas
     for name in os.listdir(folder):
         if name.startswith(".shard-") and ".tmp-" in name:  # of a writer that was killed
             os.unlink(os.path.join(folder, name))
-    if url is None:
-        give_tokenizer(place, split)
+    if url is None and os.path.exists(os.path.join(place.scratch, _SAVED_TOKENIZER)):
+        give_tokenizer(place, split)  # of converted shards it may be unknown
     contents = {
         MANIFEST_NAME: manifest_module.manifest_text(shards),
         INFO_NAME: manifest_module.info_text(info),

@@ -39,7 +39,7 @@ def test_one_row_is_one_block_shard_for_shard(tmp_path: Path, workers: int) -> N
         assert np.array_equal(found, rows)
     assert open_dataset(str(tmp_path / "out")).info.tokenizer.fingerprint is None
     verify_dataset(str(tmp_path / "out"))
-    assert not (tmp_path / "out" / ".convert").exists()
+    assert not (tmp_path / "out" / ".prepare").exists()
 
 
 def test_smaller_blocks_cut_the_rows_and_larger_ones_are_refused(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
     monkeypatch.setattr(convert, "write_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         convert_shards(str(source), str(tmp_path / "out"), workers=1)
-    with pytest.raises(InputError, match="no manifest"):
+    with pytest.raises(InputError, match="is not finished; run the same"):
         open_dataset(str(tmp_path / "out"))
     stop_after = -1
     report = convert_shards(str(source), str(tmp_path / "out"), workers=1)
@@ -125,6 +125,16 @@ def test_a_bad_shard_stops_it_and_what_was_done_stays(tmp_path: Path) -> None:
     assert convert_shards(str(source), str(tmp_path / "out"), workers=1).n_shards == 3
 
 
+def test_after_an_error_before_the_first_shard_other_settings_may_be_tried(tmp_path: Path) -> None:
+    rows = rows_of(3)
+    source = make_shards(tmp_path / "source", [rows])
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="outside the vocabulary of 5 ids"):
+        convert_shards(str(source), str(out), vocab_size=5, workers=1)
+    assert not out.exists()
+    assert convert_shards(str(source), str(out), workers=1).n_blocks == 3
+
+
 def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path: Path) -> None:
     source = make_shards(tmp_path / "source", [rows_of(3)])
     out = tmp_path / "out"
@@ -136,7 +146,7 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path: Path) -> None
     (out / "thesis.txt").unlink()
     convert_shards(str(source), str(out), workers=1)
     before = files_of(out)
-    with pytest.raises(InputError, match="other data or settings"):
+    with pytest.raises(InputError, match="other inputs or with other settings"):
         convert_shards(str(source), str(out), block_tokens=16, workers=1)
     assert files_of(out) == before
     assert json.loads(before["dataset.json"])["config"]["format"] == "openlm"

@@ -474,7 +474,7 @@ def test_a_slow_row_error_is_not_a_bare_exception() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_remote_openlm_shards_come_through_the_cache_and_convert_and_verify(
+def test_remote_openlm_shards_come_through_the_cache_and_convert_to_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("moto")
@@ -494,6 +494,15 @@ def test_remote_openlm_shards_come_through_the_cache_and_convert_and_verify(
             assert np.array_equal(dataset.blocks(number), rows)
         assert verify_dataset(url).n_shards == 3
         convert_shards(url, str(tmp_path / "out"), workers=1)
+        there = "s3://bucket/converted"
+        how = {"scratch": str(tmp_path / "scratch"), "workers": 1}
+        assert not convert_shards(url, there, **how).already_done
+        made = {u.rsplit("/", 1)[1]: storage.read_bytes(u) for u in storage.list_files(there)}
+        assert made == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert convert_shards(url, there, **how).already_done
+        assert not any((tmp_path / "scratch").iterdir())
+        with pytest.raises(InputError, match=f"{there}: holds a dataset that was made from other"):
+            convert_shards(url, there, block_tokens=8, **how)
         with pytest.raises(InputError, match=r"bucket/nothing/manifest\.jsonl"):
             open_dataset("s3://bucket/nothing")
     converted = open_dataset(str(tmp_path / "out"))
