@@ -21,7 +21,10 @@ def add_verbs(verb: AddVerb) -> None:
     p.add_argument("--verify", action="store_true", help="read everything, check sums and ranges")
     p.add_argument("--workers", type=int, default=0, help="of --verify; 0: all cores")
     p.add_argument("--journal", metavar="FILE", help="of --verify: goes on where it was stopped")
-    p.add_argument("--step", type=int, help="the rows that a run's step (from 0) reads")
+    p.add_argument(
+        "--step", type=int, help="the rows that a step (from 0) of a run or recipe reads"
+    )
+    p.add_argument("--tokenizer", help="of --step: shows the rows of OpenLM's shards as text")
     p.add_argument("--json", action="store_true")
 
 
@@ -129,7 +132,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from openlm_lite.inspection import inspect_path
 
     found = inspect_path(
-        args.path, args.verify, args.step, workers=args.workers, journal=args.journal
+        args.path,
+        args.verify,
+        args.step,
+        workers=args.workers,
+        journal=args.journal,
+        tokenizer=args.tokenizer,
     )
     print_result(found, args.json)
     return 0

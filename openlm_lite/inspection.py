@@ -11,6 +11,7 @@ from openlm_lite import lineage, run, storage
 from openlm_lite.checkpoint import checkpoints_of_run
 from openlm_lite.checkpoint_place import Place, place_of
 from openlm_lite.commit import COMMIT_NAME, DamagedError, step_of_folder
+from openlm_lite.data.dataset import load_dataset
 from openlm_lite.data.inspect import inspect_dataset, inspect_samples
 from openlm_lite.data.manifest import MANIFEST_NAME
 from openlm_lite.data.sources import open_sources, open_stream
@@ -27,24 +28,32 @@ def inspect_path(
     *,
     workers: int = 0,
     journal: str | None = None,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
     """Facts about `path`, as plain values; `verify` reads everything and checks it.
 
-    With `step` (a run only): the rows of the data that this step, from 0, trains on.
+    With `step` (a run, or a recipe that has not begun): the rows of the data that this step, from
+    0, trains on; `tokenizer` shows them as text where their dataset has none.
     Raises InputError for what is none of the three, or is damaged.
     """
     if storage.is_remote(path) and step is None:
         return _inspect_url(path.rstrip("/"), verify, workers, journal)
     folder = Path(path)
-    if step is not None and not (folder / "config.yaml").is_file():
-        raise InputError(f"{path}: --step needs a run folder (its config.yaml says what is read)")
+    if step is not None:
+        return _inspect_batch(folder, step, tokenizer)
+    if tokenizer is not None:
+        raise InputError(
+            f"--tokenizer {tokenizer}: goes with --step S, whose rows it shows as text"
+        )
     if (folder / MANIFEST_NAME).is_file() or folder.name == MANIFEST_NAME:
         return inspect_dataset(path, verify, workers, journal)
     if (folder / COMMIT_NAME).is_file():
         place = place_of(os.path.dirname(os.path.abspath(path)))
         return _inspect_checkpoint(place, os.path.abspath(path), verify) | {"path": path}
     if (folder / "config.yaml").is_file():
-        return _inspect_run(folder, verify) if step is None else _inspect_batch(folder, step)
+        return _inspect_run(folder, verify)
+    if any(folder.glob(f"*/{MANIFEST_NAME}")) or (folder / ".prepare").is_dir():
+        load_dataset(path)  # which says what to name, or that it is not finished
     found = "nothing" if not folder.exists() else "none of them"
     raise InputError(
         f"{path}: found {found}; give a dataset (a folder with {MANIFEST_NAME}), a run (with "
@@ -128,14 +137,21 @@ def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
     return found | {"verified": verify, **_inspect_checkpoints(place, verify)}
 
 
-def _inspect_batch(folder: Path, step: int) -> dict[str, Any]:
-    cfg = run.load_run(str(folder / "config.yaml"))
+def _inspect_batch(path: Path, step: int, tokenizer: str | None) -> dict[str, Any]:
+    is_recipe = path.is_file() and path.suffix in (".yaml", ".yml", ".json")
+    if not is_recipe and not (path / "config.yaml").is_file():
+        raise InputError(
+            f"{path}: --step needs a run folder, whose config.yaml says what is read, or a recipe"
+        )
+    cfg = run.load_run(str(path if is_recipe else path / "config.yaml"))
+    if not 0 <= step < cfg.steps:
+        raise InputError(f"--step {step}: {path} has the steps 0 to {cfg.steps - 1}")
     datasets, _ = open_sources(cfg.data, cfg.model.vocab_size)
     stream = open_stream(cfg.data, datasets, cfg.tokens_at(cfg.steps))
     sizes = [(n, tokens // cfg.data.seq_len) for n, tokens in cfg.batch_sizes.stages(step + 1)]
-    first = first_sample_of_last(sizes, _left_out(folder))
-    checksum, rows = inspect_samples(stream, first, cfg.batch_at(step))
-    return {"path": str(folder), "step": step, "data/checksum": checksum, "rows": rows}
+    first = first_sample_of_last(sizes, [] if is_recipe else _left_out(path))
+    checksum, rows = inspect_samples(stream, first, cfg.batch_at(step), tokenizer)
+    return {"path": str(path), "step": step, "data/checksum": checksum, "rows": rows}
 
 
 def _left_out(folder: Path) -> list[Range]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -62,6 +63,33 @@ def test_inspect_shows_the_checksum_of_what_a_step_read(
     shown = json.loads(capsys.readouterr().out)
     assert shown["data/checksum"] == checksums(whole)[7]
     assert {row["source"] for row in shown["rows"]} == {"train"}
+
+
+def test_inspect_shows_the_rows_of_a_recipe_before_it_has_begun_and_says_what_else_to_name(
+    toy_recipe: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*words: str) -> dict[str, Any]:
+        assert cli.main(["inspect", *words, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found = shown(str(toy_recipe), "--step", "7")
+    assert found["data/checksum"] == checksums(whole)[7]
+    ids = tmp_path / "data"  # no tokenizer beside the shards, as beside OpenLM's
+    shutil.copytree(toy_recipe.parent / "data" / "train", ids)
+    (ids / "tokenizer.json").unlink()
+    recipe = tmp_path / "ids.yaml"
+    recipe.write_text(toy_recipe.read_text().replace(f"{toy_recipe.parent}/data/train", str(ids)))
+    assert all("ids" in row for row in shown(str(recipe), "--step", "7")["rows"])
+    words = ("--step", "7", "--tokenizer", str(toy_recipe.parent / "data" / "train"))
+    assert shown(str(recipe), *words)["rows"] == found["rows"]
+    for path, more, message in (
+        (toy_recipe, ["--step", "12"], "has the steps 0 to 11"),
+        (tmp_path, ["--step", "1"], "needs a run folder, whose config.yaml .* or a recipe"),
+        (whole, ["--tokenizer", "x"], "--tokenizer x: goes with --step"),
+        (toy_recipe.parent / "data", [], "holds the datasets train, val; name one"),
+    ):
+        assert cli.main(["inspect", str(path), *more]) == 2
+        assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.fixture

@@ -43,14 +43,19 @@ def inspect_dataset(
 
 
 def inspect_samples(
-    stream: TokenStream, first: int, n_samples: int
+    stream: TokenStream, first: int, n_samples: int, tokenizer_name: str | None = None
 ) -> tuple[int, list[dict[str, Any]]]:
-    """(checksum, rows with their text) of the batch of the samples from `first` on."""
+    """(checksum, rows with their text) of the batch of the samples from `first` on.
+
+    The tokenizer is that of the first source; `tokenizer_name` where it has none, as OpenLM's
+    shards, else rows are shown as ids.
+    """
     if first < 0 or n_samples < 1:
         raise InputError(f"sample {first}, batch of {n_samples} rows: needed are >= 0 and >= 1")
     folder = stream.sources[0].dataset.folder
-    has_words = storage.exists(f"{folder}/tokenizer.json")  # OpenLM's shards have none
-    tokenizer = load_tokenizer(folder) if has_words else None
+    if tokenizer_name is None and storage.exists(f"{folder}/tokenizer.json"):
+        tokenizer_name = folder
+    tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
     samples = np.arange(first, first + n_samples)
     places = stream.places(samples)
     rows, _ = stream.read(places)
