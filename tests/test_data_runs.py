@@ -152,7 +152,7 @@ def test_a_bad_shard_ends_a_run_with_its_name(
     assert "shard-000001.tar: damaged" in (tmp_path / "run" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_bad_shards_up_to_the_limit_are_left_out_and_told(
     train_server: TrainServer, damaged: list[str], tmp_path: Path, world: int
 ) -> None:

@@ -71,11 +71,11 @@ import sys
 from openlm_lite.data import pool
 
 def loaded(_):
-    return "torch" in sys.modules, "openlm_lite.data.gather" in sys.modules
+    return "sqlite3" in sys.modules, "openlm_lite.data.gather" in sys.modules
 
 if __name__ == "__main__":
     pool.get_ready("openlm_lite.data.prepare")
-    import torch
+    import sqlite3
     print([result for _, result in pool.each_done(loaded, range(2), (), 2)])
 """)
     done = subprocess.run(

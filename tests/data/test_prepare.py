@@ -119,12 +119,14 @@ def test_how_the_work_is_cut_does_not_change_a_byte(
     assert whole.splits["train"].n_tokens == cut.splits["train"].n_tokens
 
 
-def test_the_number_of_workers_does_not_change_a_byte(config: Config, tmp_path: Path) -> None:
-    big = tmp_path / "big.jsonl"  # several pieces of at least 1 MiB
-    big.write_text("".join(json.dumps({"text": t}) + "\n" for t in make_texts(18_000)))
+def test_the_number_of_workers_does_not_change_a_byte(
+    config: Config, tmp_path: Path, small_pieces: None
+) -> None:
+    big = tmp_path / "big.jsonl"
+    big.write_text("".join(json.dumps({"text": t}) + "\n" for t in make_texts(1_000)))
     outs = [str(tmp_path / f"out{workers}") for workers in (1, 3)]
     for out, workers in zip(outs, (1, 3), strict=True):
-        prepare(config(inputs=(str(big),), out=out, workers=workers, block_tokens=4096))
+        prepare(config(inputs=(str(big),), out=out, workers=workers))
     assert files_of(outs[0]) == files_of(outs[1])
 
 

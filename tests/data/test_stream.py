@@ -201,6 +201,7 @@ def test_at_most_so_many_batches_are_read_ahead(dataset: Dataset) -> None:
     assert len(read) <= 19 + 3
 
 
+@pytest.mark.slow  # a process of its own imports torch
 def test_a_process_may_end_in_the_middle_of_the_data(dataset: Dataset) -> None:
     script = f"""
 from openlm_lite.data.dataset import open_dataset

@@ -227,7 +227,7 @@ def test_gpt2_is_found_by_name_in_tiktokens_cache(
     assert (named.name, named.fingerprint) == ("gpt2", gpt2.fingerprint)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def neox(shared_data: Path) -> Tokenizer:
     return load_tokenizer(str(shared_data / "tokenizers" / "20B_tokenizer.json"))
 
@@ -256,13 +256,11 @@ def test_gpt_neox_keeps_its_runs_of_spaces_and_its_identity(
 
 
 def test_fingerprints_tell_tokenizers_apart_but_not_spellings(
-    trained: Tokenizer, shared_data: Path, tmp_path: Path
+    trained: Tokenizer, neox: Tokenizer, shared_data: Path, tmp_path: Path
 ) -> None:
-    folder = shared_data / "tokenizers"
-    pii = load_tokenizer(str(folder / "gpt-neox-20b-pii.json"))
-    plain = load_tokenizer(str(folder / "20B_tokenizer.json"))
+    pii = load_tokenizer(str(shared_data / "tokenizers" / "gpt-neox-20b-pii.json"))
     other = train_bpe(iter([TEXT] * 4), 329)
-    assert len({t.fingerprint for t in (pii, plain, trained, other)}) == 4
+    assert len({t.fingerprint for t in (pii, neox, trained, other)}) == 4
     document = edited(trained, padding=None, post_processor={"type": "ByteLevel"})
     document["model"]["merges"] = [m.split(" ") for m in document["model"]["merges"]]
     (tmp_path / "x.json").write_text(json.dumps(document, indent=1))
