@@ -104,6 +104,8 @@ def _prepare(args: argparse.Namespace) -> int:
     if not args.json:  # a table of the splits reads better than nested mappings
         splits = result.pop("splits")
         result["splits"] = [{"split": name, **split} for name, split in splits.items()]
+        result["seconds"] = round(report.seconds, 2)
+        result["tokens_per_second"] = round(report.tokens_per_second)
     print_result(result, args.json)
     return 0
 
