@@ -11,11 +11,12 @@ in the page cache after the first repetition, and deliver int64 torch tensors, t
     native, 2 proc  two processes, each with its half of every global batch; their sum
     json.gz, json   OpenLM's shards as they are: opened, checked, decoded, shuffled, every time
     json.gz, zlib   the same without isal
-    openlm json.gz  OpenLM's way: webdataset's decoder, lists of ints and batches in one DataLoader
+    openlm json.gz, openlm json
+                    OpenLM's way: webdataset's decoder, lists of ints and batches in one DataLoader
                     worker (its default), LongTensor in the training process; unshuffled, as it
                     reads with a manifest; the start of the worker is not counted
-    openlm, inline  the same without the worker: decoder, lists and LongTensor in one process
-    openlm json     the latter without gzip
+    inline json.gz, inline json
+                    not its way: the same without the worker, all in one process
     webdataset      stock webdataset over our shards: .decode(), blocks cut into rows, unshuffled
     mosaic, litdata MosaicML Streaming and litdata over their own files, shuffled, in a process of
                     PYTHON each (default: this one), where they are installed
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import gzip
 import importlib.metadata
@@ -197,7 +199,9 @@ def read_openlm_inline(folder: Path, n_batches: int, batch: int, ending: str) ->
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def read_openlm(folder: Path, n_batches: int, batch: int, seq_len: int) -> Iterator[Pair]:
+def read_openlm(
+    folder: Path, n_batches: int, batch: int, seq_len: int, ending: str
+) -> Iterator[Pair]:
     import webdataset as wds
 
     paths = [str(path) for path in sorted(folder.glob("*.tar"))]
@@ -206,7 +210,7 @@ def read_openlm(folder: Path, n_batches: int, batch: int, seq_len: int) -> Itera
         wds.split_by_worker,  # pyright: ignore
         wds.tarfile_to_samples(),  # pyright: ignore
         wds.decode(),  # pyright: ignore
-        wds.to_tuple("json.gz"),  # pyright: ignore
+        wds.to_tuple(ending),  # pyright: ignore
         wds.select(lambda sample: len(sample[0]) > seq_len),  # pyright: ignore
         wds.batched(batch, partial=False),  # pyright: ignore
     )
@@ -364,10 +368,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[Rate]]:
         "json.gz": lambda: decoded("json.gz"),
         "json.gz, zlib": without_isal,
         "json": lambda: decoded("json"),
-        "openlm, inline": lambda: read_openlm_inline(
+        "inline json.gz": lambda: read_openlm_inline(
             folder / "json.gz", n_of["openlm"], batch, "json.gz"
         ),
-        "openlm json": lambda: read_openlm_inline(folder / "json", n_of["openlm"], batch, "json"),
+        "inline json": lambda: read_openlm_inline(folder / "json", n_of["openlm"], batch, "json"),
         "webdataset": lambda: read_webdataset(native, n_of["webdataset"], batch, seq_len),
         "memmap": lambda: read_memmap(folder / "flat.bin", n_batches, batch, seq_len),
     }
@@ -375,12 +379,13 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[Rate]]:
         key: (lambda read=read: consume(read(), batch, seq_len)) for key, read in readers.items()
     }
 
-    def openlm() -> Rate:
-        batches = read_openlm(folder / "json.gz", 1 + n_of["openlm"], batch, seq_len)
+    def openlm(ending: str) -> Rate:
+        batches = read_openlm(folder / ending, 1 + n_of["openlm"], batch, seq_len, ending)
         next(batches)  # the start of its worker
         return Rate(consume(batches, batch, seq_len).wall)  # the worker's cpu time is not known
 
-    sources["openlm json.gz"] = openlm
+    for ending in ("json.gz", "json"):
+        sources[f"openlm {ending}"] = functools.partial(openlm, ending)
     with contextlib.ExitStack() as stack:
         two = TwoProcesses(native, seq_len, batch, n_batches)
         stack.callback(two.close)
@@ -419,6 +424,10 @@ def report(rates: dict[str, list[Rate]], settings: dict[str, int]) -> None:
     pairs = zip(wall["native, 2 proc"], wall["native"], strict=True)
     two = statistics.median(both / one for both, one in pairs)
     print(f"two processes read {two:.2f} times as fast as one (median over the repetitions)")
+    for ending in ("json.gz", "json"):
+        pairs = zip(wall[ending], wall[f"openlm {ending}"], strict=True)
+        over = statistics.median(ours / theirs for ours, theirs in pairs)
+        print(f"{ending} is read {over:.1f} times as fast as OpenLM's way (median, likewise)")
     cpu = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
