@@ -5,7 +5,8 @@
     weight shard ←── rows of the update ─┘ all-to-all: each rank gets its rows back
 
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon). The scale of the update and the weight decay
-are those of Moonlight (arXiv:2502.16982), so that learning rates of AdamW fit.
+are those of Moonlight (arXiv:2502.16982), so that learning rates of AdamW fit. It is torch's own
+Muon, with a step of its own for matrices that lie on several ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim import Optimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0; the published ones
 _STEPS = 5
@@ -33,8 +33,12 @@ class _Job(NamedTuple):
     group: dict[str, Any]
 
 
-class Muon(Optimizer):
+class Muon(torch.optim.Muon):
     """For matrices only; a group has `lr` and `weight_decay`.
+
+    Whole matrices in bf16 have torch's own step. The step below is the same, to the bit, and takes
+    what torch's does not do well: shards (there every product of Newton-Schulz is a collective over
+    DTensors, and its result hangs on the number of ranks), and fp32.
 
     With gradient G, momentum mu, weights W [n, m]::
 
@@ -63,13 +67,18 @@ class Muon(Optimizer):
 
         Raises ValueError for a parameter that is no matrix, or is not sharded by its rows.
         """
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for p in (p for group in groups for p in group["params"]):
+            rows_only = not isinstance(p, DTensor) or p.placements == (Shard(0),)
+            if p.ndim != 2 or not rows_only:
+                raise ValueError(f"Muon takes matrices, whole or by rows: {tuple(p.shape)}")
+        super().__init__(groups, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
         self.dtype = dtype
-        for group in self.param_groups:
-            for p in group["params"]:
-                rows_only = not isinstance(p, DTensor) or p.placements == (Shard(0),)
-                if p.ndim != 2 or not rows_only:
-                    raise ValueError(f"Muon takes matrices, whole or by rows: {tuple(p.shape)}")
+        self.is_torchs = all(
+            not isinstance(p, DTensor) and self._dtype_on(p.device) == torch.bfloat16
+            for group in self.param_groups
+            for p in group["params"]
+        )
+        """whether a step is torch's own"""
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -78,6 +87,9 @@ class Muon(Optimizer):
         """One step; collective. A group with a rate of 0 moves its momentum only, without talk."""
         if closure is not None:
             raise ValueError("Muon takes no closure")
+        if self.is_torchs:
+            super().step()
+            return
         jobs = []
         for group in self.param_groups:
             for p in group["params"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,29 @@ def test_three_steps_are_those_of_the_formula(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12)])
 def test_the_steps_are_those_of_torchs_own_muon(shape: tuple[int, int]) -> None:
-    ours, theirs = (torch.nn.Parameter(drawn(0, *shape)) for _ in range(2))
+    """Whole matrices in bf16 have torch's step itself; the step for shards has its bits."""
     gradients = [drawn(i, *shape) for i in range(1, 5)]
-    group = {"params": [ours], "weight_decay": 0.1}
-    stepped(Muon([group], lr=0.02, dtype=torch.bfloat16), ours, gradients)
-    reference = torch.optim.Muon(
-        [theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+
+    def trained(kind: Callable[[torch.nn.Parameter], torch.optim.Optimizer]) -> Tensor:
+        parameter = torch.nn.Parameter(drawn(0, *shape))
+        stepped(kind(parameter), parameter, gradients)
+        return parameter.detach()
+
+    def ours(p: torch.nn.Parameter, dtype: torch.dtype = torch.bfloat16) -> Muon:
+        return Muon([{"params": [p], "weight_decay": 0.1}], lr=0.02, dtype=dtype)
+
+    def as_for_shards(p: torch.nn.Parameter) -> Muon:
+        optimizer = ours(p)
+        assert optimizer.is_torchs
+        optimizer.is_torchs = False
+        return optimizer
+
+    expected = trained(
+        lambda p: torch.optim.Muon([p], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     )
-    stepped(reference, theirs, gradients)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert torch.equal(trained(ours), expected)
+    assert torch.equal(trained(as_for_shards), expected)
+    assert not ours(torch.nn.Parameter(drawn(0, *shape)), torch.float32).is_torchs
 
 
 @given(n=st.integers(1, 40), m=st.integers(1, 40), size=st.floats(1e-3, 1e3), seed=st.integers(0))
