@@ -21,6 +21,7 @@ The ladder has commands of its own: recipes/ladder.yaml.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -295,25 +296,42 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 
 # --- what is shown of them -----------------------------------------------------------------------
 
+PANELS: Mapping[str, Sequence[str]] = {"averages": ("constant", "cosine")}
+STYLES = ("o-", "s--", "^:", "v-.")  # curves that lie on each other stay visible
+HEIGHT = 1.6  # of a picture, in nats
 
-def draw(path: Path, curves: Mapping[str, Curve]) -> None:
+
+def draw(path: Path, curves: Mapping[str, Curve], panels: Sequence[str] = ("",)) -> None:
+    """One panel of all curves, or one for each of `panels`, of the curves named "PANEL, …"."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "openlm_lite"  # the same picture, the same bytes
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
-    for name, curve in curves.items():
-        tokens, losses = zip(*curve, strict=True)
-        axes.plot(tokens, losses, marker=".", label=name)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("validation loss (nats per token)")
+    figure, row = plt.subplots(
+        1,
+        len(panels),
+        figsize=(7 if len(panels) == 1 else 4.6 * len(panels), 4.2),
+        sharey=True,
+        squeeze=False,
+        constrained_layout=True,
+    )
+    for title, axes in zip(panels, row[0], strict=True):
+        begins = f"{title}, " if title else ""
+        shown = {n.removeprefix(begins): c for n, c in curves.items() if n.startswith(begins)}
+        for (name, curve), style in zip(shown.items(), itertools.cycle(STYLES)):
+            tokens, losses = zip(*curve, strict=True)
+            axes.plot(tokens, losses, style, markersize=4, label=name)
+        axes.set_title(title)
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1000:,.0f}k")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    row[0, 0].set_ylabel("validation loss (nats per token)")
     # the first evaluations, before anything was learnt, would flatten the rest
-    last = [curve[-1][1] for curve in curves.values()]
-    axes.set_ylim(min(last) - 0.1, min(last) + 2.0)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    last = min(curve[-1][1] for curve in curves.values())
+    row[0, 0].set_ylim(last - 0.1, last + HEIGHT)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -324,7 +342,14 @@ def main() -> None:
     parser.add_argument("experiment", choices=[*EXPERIMENTS])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "science")
+    parser.add_argument("--redraw", action="store_true", help="only the picture, from the results")
     args = parser.parse_args()
+    path = RESULTS / f"science_{args.experiment}.json"
+    picture = IMAGES / f"science_{args.experiment}.svg"
+    panels = PANELS.get(args.experiment, ("",))
+    if args.redraw:
+        draw(picture, json.loads(path.read_text())["curves"], panels)
+        return
     results, curves = EXPERIMENTS[args.experiment](args.out.absolute(), args.jobs)
     print(json.dumps(results, indent=2))
     document = {
@@ -336,10 +361,9 @@ def main() -> None:
         "results": results,
         "curves": curves,
     }
-    path = RESULTS / f"science_{args.experiment}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
-    draw(IMAGES / f"science_{args.experiment}.svg", curves)
-    print(f"written to {path} and {IMAGES}")
+    draw(picture, curves, panels)
+    print(f"written to {path} and {picture}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def plot_fit(f: Fitted, path: str) -> None:
 
 def _draw_loss(axes: Any, f: Fitted) -> None:
     import matplotlib
+    from matplotlib import ticker
 
     rows = [row for row in f.rows if as_number(row.cells.get(f.loss_column)) is not None]
     ratios = sorted({_rounded(row.cells["M"]) for row in rows})
@@ -73,8 +74,9 @@ def _draw_loss(axes: Any, f: Fitted) -> None:
     measured = [row.cells[f.loss_column] for row in rows]
     axes.set_ylim(0.95 * min(measured), 1.05 * max(measured))
     axes.set(xscale="log", yscale="log", xlabel="C = 6 N D (FLOPs)", ylabel=f.loss_column)
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(8))  # losses span less than a decade
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_title(f"{f.law.FORM}\nfilled: fitted on; hollow: not; x: predicted", fontsize=9)
     axes.grid(alpha=0.3, which="both")
     if 1 < len(ratios) <= 16:

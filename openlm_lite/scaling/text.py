@@ -72,7 +72,7 @@ def _prediction_lines(p: dict[str, Any], found: dict[str, Any]) -> list[str]:
     if "best_N" in p:
         N = p["best_N"]
         lines.append(
-            f"  for this C the law's best N is {N:,.0f} (D {p['C'] / (6 * N):,.0f}, "
+            f"  for this C the law's best N is {N:.4g} (D {p['C'] / (6 * N):.4g}, "
             f"M {p['C'] / (6 * N * N):.4g})"
         )
     return lines

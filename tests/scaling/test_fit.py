@@ -103,6 +103,55 @@ def test_the_published_fits_of_the_three_corpora_come_out(
     assert tuple(parameters_of(fit(request).law).values()) == pytest.approx(expected, rel=5e-6)
 
 
+# of the paper's notebook: N, M -> relative errors in % of the loss, of 17 tasks and of 46
+PUBLISHED_TARGETS = {
+    "c4_original": {
+        (1439795200, 20): (0.780, 0.736, 0.338),
+        (1439795200, 80): (1.498, 9.582, 3.082),
+        (6889410560, 20): (4.295, 0.137, 0.074),
+    },
+    "rpj": {
+        (1439795200, 20): (0.110, 0.714, 0.314),
+        (1439795200, 640): (0.710, 3.637, 3.436),
+        (6889410560, 20): (0.732, 0.046, 2.097),
+    },
+    "rw_original": {
+        (1439795200, 20): (0.559, 0.419, 0.252),
+        (1439795200, 320): (0.005, 5.617, 4.298),
+        (6889410560, 20): (1.619, 2.939, 2.759),
+    },
+}
+# epsilon, k, gamma of 17 tasks, then of 46
+PUBLISHED_ERROR_LAWS = {
+    "c4_original": ((0.84974, 2.07891, 0.75612), (0.75895, 1.28852, 0.97216)),
+    "rpj": ((0.85699, 2.20649, 0.71459), (0.76085, 1.32290, 0.89071)),
+    "rw_original": ((0.86528, 2.21481, 0.70705), (0.76768, 1.12807, 0.82152)),
+}
+
+
+@pytest.mark.parametrize("data", PUBLISHED_TARGETS)
+def test_all_published_predictions_and_error_laws_come_out(testbed: str, data: str) -> None:
+    targets = PUBLISHED_TARGETS[data]
+    columns = ("err_avg_subset", "err_avg")
+    for i, (error, expected) in enumerate(zip(columns, PUBLISHED_ERROR_LAWS[data], strict=True)):
+        request = FitRequest(
+            (testbed,),
+            where=(f"dataset_name={data}",),
+            loss="loss_c4_val",
+            error=error,
+            predict=tuple(f"N={N},M={M}" for N, M in targets),
+        )
+        found = report(fit(request), request)
+        assert [found[n] for n in ("epsilon", "k", "gamma")] == pytest.approx(expected, rel=1e-5)
+        off = [
+            (100 * p["loss_relative_error"], 100 * p["error_relative_error"])
+            for p in found["predictions"]
+        ]
+        for (loss, error), numbers in zip(off, targets.values(), strict=True):
+            assert loss == pytest.approx(numbers[0], abs=6e-4)
+            assert error == pytest.approx(numbers[1 + i], abs=6e-4)
+
+
 def test_every_validation_set_of_the_testbed_can_be_fitted(testbed: str) -> None:
     columns = loss_columns(read_rows([testbed])[0])
     assert len(columns) == 8
@@ -160,6 +209,23 @@ def test_chinchilla_and_isoflop_fit_the_testbed_too(
     found = as_json(capsys, *words, "--law", "isoflop", *flops)
     assert [b["n_sizes"] for b in found["budgets"]] == [3, 3, 3]
     assert found["predictions"][0]["N"] > 4e8
+
+
+@pytest.mark.parametrize(
+    "law", ["over-training", pytest.param("chinchilla", marks=pytest.mark.slow)]
+)
+def test_the_ladder_of_the_documentation_predicts_what_it_says(
+    capsys: pytest.CaptureFixture[str], law: str
+) -> None:
+    """docs/science.md: nine measured runs, and the one of ten times their compute."""
+    root = Path(__file__).parents[2]
+    table = root / "benchmarks" / "results" / "science_ladder_runs.json"
+    found = as_json(capsys, str(table), "--law", law, "--predict", "N=1053824,D=4003840")
+    (p,) = found["predictions"]
+    assert len(found["fitted_on"]) == 9 and 10 <= p["times_largest_fitted"] < 10.2
+    numbers = (found["rms_residual"], p["loss"], p["loss_measured"])
+    cells = [f"{x:.3f}" for x in numbers] + [f"{100 * p['loss_relative_error']:.1f} %"]
+    assert f"| {' | '.join(cells)} |" in (root / "docs" / "science.md").read_text()
 
 
 # Input
@@ -391,7 +457,9 @@ def test_bad_options_are_one_clear_error(
     assert message in error and error.count("openlm:") == 1
 
 
-@pytest.mark.parametrize("bad", [None, "n/a", float("nan"), float("inf"), -1.0, 0, True, 10**400])
+@pytest.mark.parametrize(
+    "bad", [None, "n/a", float("nan"), float("inf"), -1.0, 0, True, 10**400], ids=range(8)
+)
 def test_cells_that_are_no_numbers_are_named(
     table: Path, capsys: pytest.CaptureFixture[str], bad: Any
 ) -> None:
