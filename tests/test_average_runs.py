@@ -140,15 +140,17 @@ def test_one_process_has_the_averages_of_two_ranks(
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.parametrize("worlds", [(2, 1), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
 def test_averages_move_from_two_ranks_to_one_and_to_four(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
+    train_server: TrainServer,
+    toy_recipe: Path,
+    tmp_path: Path,
+    reference: Path,
+    worlds: tuple[int, ...],
 ) -> None:
     folder, words = tmp_path / "r", [AVERAGES, "micro_batch_size=2"]
-    for world, faults in (
-        (2, [fault("SIGTERM", 0, "step", 5)]),
-        (1, [fault("SIGTERM", 0, "step", 4)]),
-        (4, []),
-    ):
+    for i, world in enumerate(worlds, 1):
+        faults = [] if i == len(worlds) else [fault("SIGTERM", 0, "step", 5)]
         codes = run(train_server, toy_recipe, folder, *words, world=world, faults=faults)
         assert codes == [75 if faults else 0] * world
     for name in NAMES:
@@ -189,7 +191,7 @@ def test_averages_are_validated_when_the_run_is_and_from_their_first_update_on(
     assert all(f"step 10: val/toy/{name}/loss " in said for name in NAMES)
 
 
-@pytest.mark.parametrize("reshard", ["true", "false"])
+@pytest.mark.parametrize("reshard", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_the_loss_of_an_average_is_that_of_the_model_that_it_is(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path, reshard: str
 ) -> None:
@@ -211,8 +213,8 @@ def test_validation_in_bf16_under_fsdp_sees_the_average_and_leaves_the_run_as_it
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
     words = ["parallel.precision=bf16", "eval.every_steps=3"]
-    assert run(train_server, toy_recipe, tmp_path / "a", *words, AVERAGES, world=2) == [0, 0]
-    assert run(train_server, toy_recipe, tmp_path / "b", *words, world=2) == [0, 0]
+    assert run(train_server, toy_recipe, tmp_path / "a", *words, AVERAGES) == [0]
+    assert run(train_server, toy_recipe, tmp_path / "b", *words) == [0]
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert val_losses(tmp_path / "a") == val_losses(tmp_path / "b")
     for name in NAMES:

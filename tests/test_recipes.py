@@ -159,8 +159,9 @@ def toy_words(name: str, toy_recipe: Path, folder: Path, steps: int = 2) -> list
     return words
 
 
-# As another recipe but for its rates and lengths
-ALIKE = {"dclm_1b_5x", "dclm_3b_1x", "dclm_7b_1x", "dclm_7b_2x", "dclm_7b_cooldown_b", "olmo_7b"}
+# As another recipe but for its rates, sizes and lengths
+ALIKE = {"dclm_411m_1x", "dclm_1b_5x", "dclm_3b_1x", "dclm_7b_1x", "dclm_7b_2x", "dclm_7b_trunk"}
+ALIKE |= {"dclm_7b_cooldown_a", "dclm_7b_cooldown_b", "olmo_7b", "lawa_quickstart"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 from collections.abc import Callable
@@ -126,48 +127,59 @@ def weights_of(run: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def runs(
+def run_on(
     train_server: TrainServer, toy_recipe: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, Path]:
+) -> Callable[[int], Path]:
     """Ranks -> the uninterrupted run on so many."""
     root = tmp_path_factory.mktemp("muon")
-    for world in (1, 2, 4):
+
+    @functools.cache
+    def run(world: int) -> Path:
         words = (str(toy_recipe), f"run.dir={root / str(world)}", *MUON)
         assert set(train_server.train(*words, world=world)["codes"]) == {0}
-    return {world: root / str(world) for world in (1, 2, 4)}
+        return root / str(world)
+
+    return run
 
 
-def test_one_two_and_four_ranks_train_the_same_model(runs: dict[int, Path]) -> None:
-    whole, one = losses(runs[1]), weights_of(runs[1])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_one_two_and_four_ranks_train_the_same_model(
+    run_on: Callable[[int], Path], world: int
+) -> None:
+    whole, one = losses(run_on(1)), weights_of(run_on(1))
     assert whole[-1] < whole[0] - 0.5
-    for world in (2, 4):
-        assert losses(runs[world]) == pytest.approx(whole, rel=1e-5)
-        for name, weight in weights_of(runs[world]).items():
-            torch.testing.assert_close(weight, one[name], rtol=1e-3, atol=1e-4)
+    assert losses(run_on(world)) == pytest.approx(whole, rel=1e-5)
+    for name, weight in weights_of(run_on(world)).items():
+        torch.testing.assert_close(weight, one[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_killed_run_resumes_to_the_bit(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, runs: dict[int, Path]
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, run_on: Callable[[int], Path]
 ) -> None:
     words = (str(toy_recipe), f"run.dir={tmp_path / 'r'}", *MUON)
     done = train_server.train(*words, world=2, kill=(1, 70))
     assert done["codes"][1] == -signal.SIGKILL
     assert 4 <= len(losses(tmp_path / "r")) < 12
     assert train_server.train(*words, world=2)["codes"] == [0, 0]
-    assert measured(tmp_path / "r") == measured(runs[2])
-    ours, expected = weights_of(tmp_path / "r"), weights_of(runs[2])
+    assert measured(tmp_path / "r") == measured(run_on(2))
+    ours, expected = weights_of(tmp_path / "r"), weights_of(run_on(2))
     assert all(torch.equal(ours[name], weight) for name, weight in expected.items())
 
 
+@pytest.mark.parametrize("worlds", [(2, 1), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_two_ranks_to_one_to_four(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, runs: dict[int, Path]
+    train_server: TrainServer,
+    toy_recipe: Path,
+    tmp_path: Path,
+    run_on: Callable[[int], Path],
+    worlds: tuple[int, ...],
 ) -> None:
     words = (str(toy_recipe), f"run.dir={tmp_path / 'r'}", *MUON)
-    for world in (2, 1):
+    for world in worlds[:-1]:
         stop = [fault("SIGTERM", 0, "step", 4)]
         assert train_server.train(*words, world=world, faults=stop)["codes"] == [75] * world
-    assert train_server.train(*words, world=4)["codes"] == [0] * 4
-    assert losses(tmp_path / "r") == pytest.approx(losses(runs[1]), rel=1e-5)
+    assert train_server.train(*words, world=worlds[-1])["codes"] == [0] * worlds[-1]
+    assert losses(tmp_path / "r") == pytest.approx(losses(run_on(1)), rel=1e-5)
 
 
 def test_another_optimizers_checkpoint_is_refused_in_words(
