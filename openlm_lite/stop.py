@@ -60,9 +60,11 @@ class StopRequest:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._read_end, False)
         os.set_blocking(self._write_end, False)
+        # blocked meanwhile: listened to all at once
+        self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         self._fd_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
-        self._mask_before = signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
 
     def ask(self) -> None:
         """Make the request, from any thread."""
@@ -74,8 +76,9 @@ class StopRequest:
             now = time.monotonic()
             if self._pressed_at is not None and now - self._pressed_at >= _ONE_PRESS:
                 self._insisted = True
-                self._say("ending at once; what is saved stays whole")
-                raise KeyboardInterrupt
+                if self.listens:  # else the end has come anyway
+                    self._say("ending at once; what is saved stays whole")
+                    raise KeyboardInterrupt
             if self._pressed_at is None:
                 self._pressed_at = now
                 self._say("stopping after this step; Ctrl-C again ends at once, unsaved")
@@ -110,6 +113,7 @@ class StopRequest:
         if not self.listens:
             return
         self.listens = False
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)  # what has come by now is heard
         for number, handler in self._before.items():
             # a handler would not last: the interpreter drops all of them before its end
             signal.signal(number, signal.SIG_IGN if self.until_exit else handler or _DEFAULT)
