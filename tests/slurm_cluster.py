@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from openlm_lite.log import read_metrics
-from tests.train_server import ROOT
+from tests.train_server import ROOT, free_port
 
 TRAIN = ROOT / "slurm" / "train.sbatch"
 PREPARE = ROOT / "slurm" / "prepare.sbatch"
@@ -207,15 +207,16 @@ class Cluster:
     def _conf(self) -> str:
         host, user = socket.gethostname().split(".")[0], getpass.getuser()
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=1 "
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=1 "
             "RealMemory=1000 State=UNKNOWN"
             for node in NODES
         )
+        # MessageTimeout: on a busy machine the 10 s after which scontrol gives up are not long.
         # cred_expire is also how long Slurm waits before it starts a requeued job again.
         return f"""
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={_free_port()}
+SlurmctldPort={free_port()}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -237,6 +238,7 @@ SlurmctldLogFile={self.folder}/slurmctld.log
 SlurmdLogFile={self.folder}/slurmd.%n.log
 ReturnToService=2
 SlurmdTimeout=15
+MessageTimeout=60
 KillWait=5
 JobRequeue=1
 SlurmdParameters=config_overrides
@@ -244,9 +246,3 @@ CommunicationParameters=NoAddrCache,NoCtldInAddrAny,NoInAddrAny
 {nodes}
 PartitionName=main Nodes={",".join(NODES)} Default=YES MaxTime=INFINITE State=UP
 """
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

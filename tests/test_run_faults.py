@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from openlm_lite.stop import INTERRUPTED
 from openlm_lite.train import DONE, STOPPED
 from tests.test_run_watchdog import python, started
 from tests.test_train import final_weights, losses, measured, same_weights
-from tests.train_server import TrainServer, listens
+from tests.train_server import TrainServer, free_port, listens
 
 pytestmark = pytest.mark.fault
 
@@ -226,9 +225,7 @@ def test_requests_at_20_random_instants_of_two_ranks_change_no_bit(
 
 def launch_two(recipe: Path, run: Path, said: Path, asked: Asked | None) -> list[int]:
     """Exit codes of two real processes, asked to stop at that time, imports and all."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     with ExitStack() as stack:
         processes = []
         for rank in (0, 1):

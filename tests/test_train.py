@@ -196,7 +196,7 @@ def start(recipe: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def wait_for(run: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and len(losses(run)) >= steps:
             return
@@ -208,7 +208,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_resumes(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "r"
-    words = ["total_steps=4000", "checkpoint.every_steps=4000", "eval.every_steps=0"]
+    words = ["total_steps=100000", "checkpoint.every_steps=100000", "eval.every_steps=0"]
     process = start(toy_recipe, f"run.dir={run}", *words)
     wait_for(run, 20)
     refused = train_server.train(
@@ -217,7 +217,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_resumes(
     assert refused["codes"] == [2]
     assert "is in use by another run (pid" in (tmp_path / "second.txt").read_text()
     process.send_signal(signal.SIGTERM)
-    _, message = process.communicate(timeout=60)
+    _, message = process.communicate(timeout=240)
     assert process.returncode == train_module.STOPPED == 75
     stopped_at = len(losses(run))
     assert f"stopped on request after step {stopped_at}" in message

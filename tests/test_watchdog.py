@@ -154,9 +154,9 @@ for step in itertools.count():
 
 def test_the_timer_behind_the_thread_goes_off_for_nothing_else(tmp_path: Path) -> None:
     program = """
-watchdog_module._BACKUP_AFTER = 0.5
+watchdog_module._BACKUP_AFTER = 1.5  # with the limit: no busy machine keeps a thread away so long
 began = time.monotonic()
-while time.monotonic() - began < 2.5:
+while time.monotonic() - began < 3:
     watchdog.enter("step")
     time.sleep(0.01)
 """
@@ -164,24 +164,40 @@ while time.monotonic() - began < 2.5:
 
 
 def test_what_makes_progress_is_left_alone(tmp_path: Path) -> None:
-    """A save inside a step has its own limit, a validation starts anew with each batch."""
+    """A save inside a step has its own limit, a validation starts anew with each batch.
+
+    By a clock of the test, so that a busy machine does not count; the thread looks all the while.
+    """
     program = """
+now = time.monotonic()
+clock = type("Clock", (), {"monotonic": staticmethod(lambda: now)})
+looks = iter(range(10**9))
+watchdog._saving = lambda: next(looks) * 0.0
+watchdog_module.time = clock
+watchdog._tick = 0.02
+def pass_(seconds):
+    global now
+    now += seconds
+    seen = next(looks)
+    while next(looks) < seen + 20:
+        time.sleep(0.02)
 watchdog.enter("step", 1)
-time.sleep(0.3)
+pass_(60)
 with watchdog.watch("save"):
-    time.sleep(1.2)
-time.sleep(0.3)
+    pass_(300)
+pass_(60)
 watchdog.enter("validation")
 for _ in watchdog.each(range(4)):
-    time.sleep(0.3)
+    pass_(60)
 watchdog.enter("batch")
-time.sleep(0.4)
+pass_(10**6)
 watchdog.close()
-time.sleep(0.1)
 """
-    limits = {"step_seconds": 1.2, "save_seconds": 20, "validation_seconds": 1, "batch_seconds": 0}
-    assert run(tmp_path, program, **limits) == (0, "", "")
+    limits = {"step_seconds": 121, "save_seconds": 400, "validation_seconds": 90}
+    assert run(tmp_path, program, **limits, batch_seconds=0) == (0, "", "")
     assert os.listdir(tmp_path) == []
+    code, _, err = run(tmp_path, program, **limits | {"step_seconds": 119}, batch_seconds=0)
+    assert code == HUNG and "hung: step takes longer than watchdog.step_seconds = 119" in err
 
 
 def test_a_process_may_end_in_any_way_without_closing(tmp_path: Path) -> None:
@@ -196,6 +212,7 @@ def test_a_process_may_end_in_any_way_without_closing(tmp_path: Path) -> None:
 def test_two_ctrl_cs_end_a_process_that_is_stuck_in_c(tmp_path: Path) -> None:
     program = """
 watchdog_module._INSISTED = stop_module._ONE_PRESS_IN_PIPE = 0.5
+watchdog._tick = 0.1
 print("here", flush=True)
 until_killed()
 """
@@ -204,7 +221,9 @@ until_killed()
     process.send_signal(signal.SIGINT)
     time.sleep(2)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    while process.poll() is None:  # a busy machine: two that are read at once are one
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
     code, _, err = ended(process)
     assert code == 130
     assert "pid" in err and "ended at once, as asked" in err
@@ -232,8 +251,8 @@ def orphan(tmp_path: Path, program: str, rank: str | None, **limits: float) -> t
         text=True,
     )
     assert launcher.stdout is not None
-    while launcher.stdout.readline() != "ready\n":
-        pass
+    while (line := launcher.stdout.readline()) != "ready\n":
+        assert line, "the program ended before it was ready"
     launcher.kill()
     launcher.wait()
     began = time.monotonic()

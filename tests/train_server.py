@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +100,7 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     read_end, write_end = os.pipe()
     pids = []
     for rank in range(request["world"]):
@@ -152,10 +152,33 @@ def _send_due(
 
 
 def listens(pid: int) -> bool:
-    """Whether SIGTERM no longer ends the process: the kernel tells of each signal by one bit."""
+    """Whether no request to stop ends the process any more: the kernel tells by one bit of each."""
     status = Path(f"/proc/{pid}/status").read_text()
     masks = re.findall(r"^(?:SigCgt|SigBlk):\s*([0-9a-f]+)", status, re.MULTILINE)
-    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+    held = int(masks[0], 16) | int(masks[1], 16)
+    # of SIGINT it tells nothing: Python always has a handler for it
+    return all(held >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGUSR1))
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs: neither gone nor a zombie that nobody waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def free_port() -> int:
+    """A port of loopback that stays free till somebody listens there, seconds or minutes later.
+
+    Below the range from which the kernel takes those of other sockets (32768 on by default), and
+    by chance, as tests run beside each other.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _be_rank(request: dict[str, Any], rank: int, port: int, report: int) -> None:
