@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,11 +44,13 @@ while not os.path.exists(__file__ + ".go"):
 """
 
 
-def start(tmp_path: Path, program: str, *wrapper: str) -> subprocess.Popen[str]:
+def start(
+    tmp_path: Path, program: str, *wrapper: str, words: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     """The program in a process of its own, in the midst of its slow import."""
     (tmp_path / "slow.py").write_text(SLOW)
     process = subprocess.Popen(
-        [*wrapper, sys.executable, "-c", program],
+        [*wrapper, sys.executable, "-c", program, *words],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -84,6 +86,42 @@ def test_signals_during_a_slow_import_are_one_request(
     assert said.count("stopping after this step") == (1 + (signals == [USR1, TERM, INT, TERM])) * (
         len(signals) > 0
     )
+
+
+# `openlm train` up to its StopRequest: the import of the command line is the slow one.
+DOOR = """
+import sys, openlm_lite
+from types import SimpleNamespace
+from openlm_lite.__main__ import main
+from openlm_lite.stop import StopRequest
+
+def train(words):
+    with StopRequest(until_exit=True) as stop:
+        return 75 if stop.requested else 0
+
+def imported(name):
+    import slow
+    return SimpleNamespace(main=train)
+
+openlm_lite.__getattr__ = imported
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+def test_a_signal_while_the_command_line_is_imported_is_a_request(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(tmp_path, DOOR, words=["train", "recipe.yaml"])
+    process.send_signal(number)
+    assert finish(process, tmp_path)[0] == 75
+
+
+def test_ctrl_c_ends_the_other_verbs_while_they_are_imported(tmp_path: Path) -> None:
+    process = start(tmp_path, DOOR, words=["config", "recipe.yaml"])
+    process.send_signal(INT)
+    assert process.wait(60) == -INT
+    process.communicate()
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
