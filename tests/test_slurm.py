@@ -228,6 +228,32 @@ def test_an_elastic_job_goes_on_without_a_dead_node_and_is_whole_after_a_requeue
 
 @pytest.mark.slow
 @pytest.mark.slurm
+def test_an_elastic_job_whose_first_node_dies_resumes_from_the_queue(
+    cluster: Cluster, train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    """The job's shell and the store where the torchruns meet are there: nothing can go on."""
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    words = [str(toy_recipe), "total_steps=60", "checkpoint.every_steps=10", *SLOWER]
+    options = ("--nodes=2", "--no-kill")
+    job = cluster.submit(out, *words, f"run.dir={run}", options=options, env={"NNODES": "1:2"})
+    cluster.wait_for_steps(job, run, 25)
+    assert cluster.field(job, "BatchHost") == "n1"
+    cluster.kill_node("n1")
+    wait_until(
+        "the dead node is known", lambda: "down" in cluster.run("sinfo", "-hn", "n1", "-o%T")
+    )
+    cluster.revive_node("n1")
+    assert cluster.wait_for_end(job) == "COMPLETED"
+    assert cluster.field(job, "Restarts") == "1"
+    assert re.findall(r"(\d) x cpu", out.read_text()) == ["2", "2"]
+    reference = tmp_path / "reference"
+    assert train_server.train(*words, f"run.dir={reference}", world=2)["codes"] == [0, 0]
+    assert len(losses(run)) == 60
+    assert_same_losses(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
 def test_a_failure_is_not_requeued(cluster: Cluster, toy_recipe: Path, tmp_path: Path) -> None:
     """Not even one of a run that was stopped before, and says so to this day."""
     run, out = tmp_path / "run", tmp_path / "out.txt"
