@@ -87,7 +87,8 @@ class Sinks:
         if self.file is not None:
             log.logger.info(message)
 
-    def banner(self, stream: TokenStream, origin: Record | None, resumed: bool) -> None:
+    def banner(self, stream: TokenStream, origin: Record | None, resume_step: int) -> None:
+        """What begins here, or goes on after `resume_step` (-1: from the start)."""
         cfg, world = self.cfg, self.world
         growing = "" if cfg.batch_at(0) == cfg.global_batch else f"{cfg.batch_at(0)} to "
         self.say(
@@ -99,8 +100,8 @@ class Sinks:
         for start, shares in stream.mixture.describe() if stream.mixture else ():
             listed = ", ".join(f"{name} {share:.6g}" for name, share in shares.items())
             self.say(f"from token {start * cfg.data.seq_len}: {listed}")
-        if resumed:
-            self.say(f"resuming {cfg.run.dir}")
+        if resume_step >= 0:
+            self.say(f"resuming {cfg.run.dir} after step {resume_step}")
         elif origin is not None:
             for line in describe(origin, cfg.model.init_from):
                 self.say(line)

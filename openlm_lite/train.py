@@ -157,8 +157,9 @@ class Loop:
             self.origin = commit.facts.get("init_from")
             self.load(commit)
             self.go_on(commit.path)
-        self.sinks.open(resume_step=-1 if commit is None else self.state.step)
-        self.sinks.banner(self.stream, self.origin, resumed=commit is not None)
+        resume_step = -1 if commit is None else self.state.step
+        self.sinks.open(resume_step)
+        self.sinks.banner(self.stream, self.origin, resume_step)
         self.begin_averages()
         if commit is None:
             self.validate()

@@ -227,6 +227,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_resumes(
     again = train_server.train(str(toy_recipe), f"run.dir={run}", *words, kill=(0, 60))
     assert again["codes"] == [-signal.SIGKILL]  # it was under way, and the word was gone
     assert not (run / "stopped.json").exists()
+    assert f"resuming {run} after step {stopped_at}" in (run / "log.txt").read_text()
 
 
 def test_a_non_finite_loss_never_reaches_the_weights(
