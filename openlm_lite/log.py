@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ from openlm_lite import redact
 from openlm_lite.errors import InputError
 
 logger = logging.getLogger("openlm_lite")
+
+
+class LogFile(logging.FileHandler):
+    """`log.txt`. A full disk must not end a run, nor fill its console: that shows all messages."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 def setup_console(log_file: Path | None = None) -> None:
@@ -25,7 +37,7 @@ def setup_console(log_file: Path | None = None) -> None:
         handler.close()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
@@ -44,10 +56,17 @@ class MetricsFile:
     """`metrics.jsonl`: appended line by line; a resumed run first drops what it will redo."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
+        """Raises InputError where it cannot be written now; later on that is a warning."""
         self.path = path
         self._failed = False
-        _keep_steps_until(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            _keep_steps_until(path, resume_step)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as e:
+            raise InputError(
+                f"{path}: cannot be written ({e.strerror}); mend this (a resumed run writes it "
+                "anew beside the old one) and launch the same command again"
+            ) from None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; whole lines only, so that a kill cuts at most the last one."""
@@ -55,12 +74,19 @@ class MetricsFile:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as e:  # a full disk must not stop a run whose checkpoints still fit
-            if not self._failed:
-                logger.warning("%s: not written: %s", self.path, e)
-            self._failed = True
+            self._fail(e)
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as e:  # nor change how it ends
+            self._fail(e)
+
+    def _fail(self, error: OSError) -> None:
+        """Say it, once."""
+        if not self._failed:
+            logger.warning("%s: not written: %s", self.path, error)
+        self._failed = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -94,10 +120,14 @@ def _keep_steps_until(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             logger.warning("%s:%d: left out: not a record (cut off by a kill?)", path, number)
     temporary = path.with_suffix(".jsonl.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(record) + "\n" for record in kept)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with temporary.open("w", encoding="utf-8") as f:
+            f.writelines(json.dumps(record) + "\n" for record in kept)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openlm_lite import config, log, metrics
+from openlm_lite import config, dist, log, metrics
 from openlm_lite.commit import TrainState
 from openlm_lite.data.stream import TokenStream
 from openlm_lite.dist import World
@@ -63,13 +63,16 @@ class Sinks:
         self.left_out: list[dict[str, Any]] = []  # records of this process
 
     def open(self, resume_step: int) -> None:
-        """Begin to write on rank 0; records after `resume_step` are dropped."""
-        if self.world.is_main:
-            self.file = log.MetricsFile(self.folder / "metrics.jsonl", resume_step)
-            tree = redacted_tree(config.to_plain(self.cfg))
-            self.telemetry = Telemetry(
-                self.cfg.log, self.folder, self.folder.name, tree, resume_step
-            )
+        """Begin to write on rank 0; records after `resume_step` are dropped. Collective.
+
+        Raises InputError where metrics.jsonl cannot be written.
+        """
+        dist.on_main(lambda: self._open(resume_step))
+
+    def _open(self, resume_step: int) -> None:
+        self.file = log.MetricsFile(self.folder / "metrics.jsonl", resume_step)
+        tree = redacted_tree(config.to_plain(self.cfg))
+        self.telemetry = Telemetry(self.cfg.log, self.folder, self.folder.name, tree, resume_step)
 
     def close(self) -> None:
         if self.telemetry is not None:

@@ -23,6 +23,7 @@ from openlm_lite.data.verify import verify_dataset
 from openlm_lite.run_folder import take_lock
 from openlm_lite.stop import INTERRUPTED
 from openlm_lite.train import DONE, STOPPED
+from tests.run_faults import fault
 from tests.test_run_watchdog import python, started
 from tests.test_train import final_weights, losses, measured, same_weights
 from tests.train_server import TrainServer, free_port, listens
@@ -68,6 +69,40 @@ def test_a_full_disk_costs_saves_then_the_run_but_no_checkpoint(
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     assert train_server.train(*words)["codes"] == [0]
     assert same_weights(run, whole) and losses(run) == losses(whole)
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_run_folder_costs_records_and_not_the_run(
+    train_server: TrainServer, toy_recipe: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    """The checkpoints lie elsewhere; the folder is full after some hundred steps."""
+    run, full, said = small_disk / "run", small_disk / "full", tmp_path / "said.txt"
+    words = [str(toy_recipe), "total_steps=200", "checkpoint.every_steps=50", "eval.every_steps=0"]
+    subprocess.run(["mount", "-o", "remount,size=64k", str(small_disk)], check=True)
+    stop = [fault("SIGTERM", 0, "step", 180)]
+    elsewhere = f"checkpoint.dir={tmp_path / 'stopped'}"
+    done = train_server.train(*words, f"run.dir={run}", elsewhere, faults=stop, log=said)
+    assert done["codes"] == [STOPPED]
+    text = said.read_text()
+    assert text.count("metrics.jsonl: not written: [Errno 28] No space left on device") == 1
+    assert "stopped on request after step 181" in text and "Traceback" not in text
+    assert 50 < len(losses(run)) < 180
+
+    subprocess.run(["mount", "-o", "remount,size=96k", str(small_disk)], check=True)
+    records = (run / "metrics.jsonl").read_bytes()
+    done = train_server.train(*words, f"run.dir={run}", elsewhere, log=said)
+    assert done["codes"] == [2]  # no room for what a resume writes anew
+    assert "metrics.jsonl: cannot be written (No space left on device); mend" in said.read_text()
+    assert (run / "metrics.jsonl").read_bytes() == records
+
+    subprocess.run(["mount", "-o", "remount,size=160k", str(small_disk)], check=True)
+    done = train_server.train(*words, f"run.dir={run}", elsewhere, log=said)
+    assert done["codes"] == [DONE]
+    other = f"checkpoint.dir={tmp_path / 'whole'}"
+    done = train_server.train(*words, f"run.dir={full}", other, log=said)
+    assert done["codes"] == [DONE] and len(losses(full)) < 200
+    assert "Traceback" not in said.read_text()
+    assert same_weights(run, full)
 
 
 def checksums(run: Path) -> list[int]:
