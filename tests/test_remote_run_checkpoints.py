@@ -49,7 +49,7 @@ from tests import train_server
 remote_lock.BEAT_SECONDS = 1.0
 
 retries.RETRY = retries.Retry(
-    total_seconds=4, first_wait=0.01, longest_wait=0.2, idle_seconds=1, alarm_seconds=1
+    total_seconds=12, first_wait=0.01, longest_wait=0.2, idle_seconds=2, alarm_seconds=1
 )
 
 class Events(train_server._Events):

@@ -54,7 +54,7 @@ class TrainServer:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)  # a busy machine takes its time to end an interpreter with torch
         self._process.stdout.close()
 
     def train(
