@@ -48,7 +48,7 @@ def ours(vocab: int, rows: torch.Tensor, world: dist.World, compiled: bool) -> S
 
     def step() -> None:
         forward_backward(
-            model, batch, 1, LossConfig(), world, agree_on(batch, world, False, False).n_targets
+            model, batch, 1, LossConfig(), world, agree_on(batch, world, False).n_targets
         )
         clip_gradients(model, optim.grad_clip).item()
         optimizer.step()

@@ -32,6 +32,8 @@ class Losses(NamedTuple):
     """the z-loss as it is added: with its coefficient"""
     by_source: dict[str, float]
     """ce of the rows of each source; empty where there is one"""
+    stop_wanted: bool
+    """whether any rank was asked to stop before the end of this batch"""
 
 
 class Clock:

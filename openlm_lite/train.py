@@ -21,7 +21,7 @@ A run folder::
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -211,7 +211,7 @@ class Loop:
             batch = next(self.batches)
         for message in share_bad_shards(self.stream, world):
             self.sinks.say(f"step {state.step}: left out: {message}")
-        agreed = agree_on(batch, world, self.stop.requested, bool(self.place.lost))
+        agreed = agree_on(batch, world, bool(self.place.lost))
         if agreed.place_lost:  # all that follows would be thrown away
             why = self.place.lost or "as rank 0 has found"
             raise SharedError(lost_message(self.place.root, why))
@@ -226,6 +226,7 @@ class Loop:
             world,
             agreed.n_targets,
             self.stream.names,
+            stop_requested=lambda: self.stop.requested,
         )
         grad_norm = clip_gradients(self.model, cfg.optim.grad_clip).item()
         verdict = self.guard.judge(state.step, batch.first_index, n_rows, losses.ce, grad_norm)
@@ -234,7 +235,7 @@ class Loop:
         self.sinks.judged(self.state, verdict)
         if verdict.event in ("left out", "rewind"):
             self.model.zero_grad()
-            return agreed.stop_wanted
+            return losses.stop_wanted
         for optimizer in self.optimizer:
             optimizer.step()
         self.model.zero_grad()
@@ -247,7 +248,7 @@ class Loop:
         self.has_stepped = True
         clock.lap("step")
         self.sinks.step(self.state, losses, agreed.checksum, grad_norm, lr, clock, self.stream)
-        return agreed.stop_wanted
+        return losses.stop_wanted
 
     def rewind(self) -> None:
         """Back to the newest checkpoint, as if the run had been launched again."""
@@ -346,20 +347,19 @@ class Agreed(NamedTuple):
 
     n_targets: torch.Tensor  # fp32 scalar, at least 1: targets of all ranks
     checksum: int  # of the rows that were read (`data.stream.checksum_of`)
-    stop_wanted: bool  # by any rank
     place_lost: bool  # another run has the place of the checkpoints, as one rank knows
 
 
-def agree_on(batch: Batch, world: World, stop_requested: bool, place_lost: bool) -> Agreed:
+def agree_on(batch: Batch, world: World, place_lost: bool) -> Agreed:
     """Wait until every rank has its batch, and add up what they know; collective."""
     counts = torch.tensor(  # float64 holds all of these exactly
-        [n_targets_of(batch), batch.checksum, stop_requested, place_lost], dtype=torch.float64
+        [n_targets_of(batch), batch.checksum, place_lost], dtype=torch.float64
     ).to(world.device)
     torch.distributed.all_reduce(counts)
     # all rows may be of shards that are left out
     n_targets = counts[0].clamp(min=1).float()
-    _, checksum, stops, losts = counts.tolist()
-    return Agreed(n_targets, int(checksum), stops > 0, losts > 0)
+    _, checksum, losts = counts.tolist()
+    return Agreed(n_targets, int(checksum), losts > 0)
 
 
 def forward_backward(
@@ -370,13 +370,15 @@ def forward_backward(
     world: World,
     n_targets: torch.Tensor,
     sources: tuple[str, ...] = (),
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Losses:
     """Gradients of one global batch, of `n_targets` over all ranks; returns its losses.
 
     What is minimised is the mean over the targets of all ranks and micro-batches, each token
     counting once, whatever the split; with a z-loss, plus z_loss times its mean over all
     positions, or over the targets. With several `sources` (which batch.sources_B number), the loss
-    of each is found too.
+    of each is found too. This rank's `stop_requested` is asked at the very end, for all to know.
     """
     n_positions = batch.targets_BT.numel() * world.world_size
     z_over_targets = loss.z_loss_over == "targets"
@@ -404,12 +406,13 @@ def forward_backward(
             ce_B = sums.ce_N.view_as(targets_BT).sum(1)
             n_B = (targets_BT >= 0).sum(1).float()
             by_source.index_add_(1, part.sources_B.to(world.device), torch.stack((ce_B, n_B)))
-    found = torch.cat((found, by_source.flatten()))
+    asked = torch.tensor([float(stop_requested())], device=world.device)
+    found = torch.cat((found, by_source.flatten(), asked))
     torch.distributed.all_reduce(found)
-    ce, z, *rest = found.tolist()
+    ce, z, *rest, stops = found.tolist()
     pairs = zip(sources, rest[: len(sources)], rest[len(sources) :], strict=True)
     by_name = {name: s / n for name, s, n in pairs if n}
-    return Losses(ce, z, by_name)
+    return Losses(ce, z, by_name, stops > 0)
 
 
 def micro_batches_of(batch: Batch, n: int) -> list[Batch]:

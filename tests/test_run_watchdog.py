@@ -105,8 +105,8 @@ def test_a_rank_that_hangs_ends_with_its_stacks_and_the_same_command_resumes(
 
 
 REQUESTS: dict[str, tuple[list[Fault], int]] = {  # faults, and the step after which it ends
-    "while the ranks agree": ([fault("SIGTERM", 1, "agree", 6)], 7),
-    "in a step": ([fault("SIGUSR1", 1, "step", 6)], 7),
+    "while the ranks agree": ([fault("SIGTERM", 1, "agree", 6)], 6),
+    "in a step": ([fault("SIGUSR1", 1, "step", 6)], 6),
     "in the update, three times on two ranks": (
         [fault("SIGTERM SIGUSR1", 1, "update", 6), fault("SIGINT", 0, "update", 6)],
         7,
@@ -125,7 +125,7 @@ REQUESTS: dict[str, tuple[list[Fault], int]] = {  # faults, and the step after w
         for when in REQUESTS
     ],
 )
-def test_a_request_to_one_rank_ends_all_after_at_most_one_more_step_and_a_save(
+def test_a_request_to_one_rank_ends_all_after_at_most_one_step_and_a_save(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path, whole: Path, when: str
 ) -> None:
     folder = tmp_path / "r"
