@@ -25,6 +25,7 @@ import torch
 
 from openlm_lite import dist
 from openlm_lite.data.stream import Batch
+from openlm_lite.layout import build_layout
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.loss import LossConfig
 from openlm_lite.optim.build import OptimConfig, build_optimizer, clip_gradients
@@ -40,16 +41,15 @@ def ours(vocab: int, rows: torch.Tensor, world: dist.World, compiled: bool) -> S
     """The step of `openlm_lite.train`."""
     cfg = ModelConfig(vocab, **SHAPE, n_kv_heads=SHAPE["n_heads"], head_dim=64, max_seq_len=SEQ_LEN)
     parallel = ParallelConfig(precision="fp32", compile=compiled)
-    mesh = dist.data_parallel_mesh(world)
-    model = build_sharded_model(cfg, mesh, parallel, world.device, seed=0)
+    layout = build_layout(parallel, world)
+    model = build_sharded_model(cfg, layout, parallel, world.device, seed=0)
     optim = OptimConfig(lr=1e-3)
     (optimizer,) = build_optimizer(model, optim)
     batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None, 0)
 
     def step() -> None:
-        forward_backward(
-            model, batch, 1, LossConfig(), world, agree_on(batch, world, False).n_targets
-        )
+        n_targets = agree_on(batch, world, layout, False).n_targets
+        forward_backward(model, batch, 1, LossConfig(), world, layout.sizes, n_targets)
         clip_gradients(model, optim.grad_clip).item()
         optimizer.step()
         optimizer.zero_grad()

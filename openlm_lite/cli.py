@@ -87,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("config", _config, "print a recipe resolved, with what follows from it")
     p.add_argument("words", nargs="*", metavar="RECIPE | a.b=c", help="a recipe, then overrides")
-    p.add_argument("--gpus", type=int, default=1, help="for the memory estimate (default 1)")
+    p.add_argument("--gpus", type=int, help="for the memory estimate (default: the fewest)")
+    p.add_argument(
+        "--gpu", metavar="NAME", help="does it fit an A100-40, A100-80, H100, H200, B200?"
+    )
     p.add_argument("--schedule", metavar="FILE.csv", help="write step,tokens,lr of every step")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
@@ -156,17 +159,19 @@ def _config(args: argparse.Namespace) -> int:
     from openlm_lite import config, run
     from openlm_lite.optim.schedule import lr_at
 
-    if args.gpus < 1:
+    if args.gpus is not None and args.gpus < 1:
         raise InputError(f"--gpus {args.gpus}: must be at least 1")
     if not args.words or "=" in args.words[0]:
         model = run.load_model(args.words)
         if args.schedule:
             raise InputError("--schedule needs a recipe")
+        if args.gpu:
+            raise InputError("--gpu needs a recipe")
         resolved: Any = {"model": config.to_plain(model)}
         derived = run.derived_model(model, model.max_seq_len)
     else:
         cfg = run.load_run(args.words[0], args.words[1:])
-        resolved, derived = config.to_plain(cfg), run.derived(cfg, args.gpus)
+        resolved, derived = config.to_plain(cfg), run.derived(cfg, args.gpus, args.gpu)
         if args.schedule:
             schedule = cfg.schedule_in_steps
             with open(args.schedule, "w", encoding="utf-8") as f:
@@ -180,8 +185,16 @@ def _config(args: argparse.Namespace) -> int:
     print(config.dump_yaml(resolved), end="")
     print("\n# derived")
     for name, value in derived.items():
-        print(f"# {name}: {value:,}" if isinstance(value, int) else f"# {name}: {value:,.4g}")
+        print(f"# {name}: {_readable(value)}")
     return 0
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_readable(one)}" for name, one in value.items())
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from openlm_lite.errors import InputError, RelayedError, RunError
 
@@ -97,11 +96,6 @@ def close() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def data_parallel_mesh(world: World) -> DeviceMesh:
-    """One dimension, `dp`, over all ranks: parameters are sharded and data is split along it."""
-    return init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("dp",))
 
 
 Group = dist.ProcessGroup | None

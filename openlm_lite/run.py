@@ -11,12 +11,15 @@ from openlm_lite import config, toy
 from openlm_lite.average.config import AverageConfig, check_averages
 from openlm_lite.checkpoint import CheckpointConfig
 from openlm_lite.config import ConfigError, Tree, Value
+from openlm_lite.cost import MACHINES, Plan, estimate
 from openlm_lite.data.sources import DataConfig
 from openlm_lite.errors import InputError
 from openlm_lite.eval.loss import EvalConfig
 from openlm_lite.guard import GuardConfig
 from openlm_lite.hf.layouts import parameter_shapes
 from openlm_lite.inherit import InitFrom
+from openlm_lite.layout import Sizes
+from openlm_lite.memory import Need, fitting, parts_of, remedies, usable
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.loss import LossConfig
 from openlm_lite.optim.batch_size import BatchSizes, BatchWarmupConfig
@@ -24,7 +27,7 @@ from openlm_lite.optim.build import OptimConfig
 from openlm_lite.optim.groups import rules_of
 from openlm_lite.optim.mup import problems_of_mup
 from openlm_lite.optim.schedule import ScheduleConfig
-from openlm_lite.parallel import ParallelConfig
+from openlm_lite.parallel import ParallelConfig, check_reshard, problems
 from openlm_lite.telemetry import TelemetryConfig
 from openlm_lite.watchdog import WatchdogConfig
 
@@ -134,6 +137,9 @@ class RunConfig:
                 self.schedule_in_steps.check_length(self.steps)
             except InputError as e:
                 found.append(str(e))
+        if 0 < seq_len <= self.model.max_seq_len:
+            masked = self.data.document_masking
+            found += problems(self.parallel, self.model, seq_len, self.optim.name, masked)
         return found + check_averages(self.averages, self.steps, self.data.val)
 
     def _optim_problems(self) -> list[str]:
@@ -182,29 +188,32 @@ class RunConfig:
         """Sequences of an optimizer step of the full size, over all ranks."""
         return self.global_batch_tokens // self.data.seq_len
 
-    def check_batches(self, world_size: int) -> None:
-        """Raises InputError where a batch of the run does not divide among the ranks."""
+    def check_layout(self, world_size: int) -> None:
+        """Raises InputError where the layout, or a batch of the run, does not fit the ranks."""
+        sizes = self.parallel.sizes(world_size)
+        check_reshard(self.parallel, sizes)
         step = 0
         for n_steps, _ in self.batch_sizes.stages(self.steps):
-            self.micro_batches(world_size, step)
+            self.micro_batches(sizes.data_ranks, step)
             step += n_steps
 
-    def micro_batches(self, world_size: int, step: int) -> int:
-        """Forward passes of one rank in the zero-based `step`.
+    def micro_batches(self, data_ranks: int, step: int) -> int:
+        """Forward passes of one rank in the zero-based `step`; `data_ranks` have their own rows.
 
         While the batch is small, a rank with fewer rows than a micro-batch takes them in one.
         Raises InputError where the batch does not divide among the ranks.
         """
         rows = self.batch_at(step)
         full = rows == self.global_batch
-        per_rank, rest = divmod(rows, world_size)
+        per_rank, rest = divmod(rows, data_ranks)
         if not full and not rest and per_rank < self.micro_batch_size:
             return 1
         if rest or per_rank % self.micro_batch_size:
             name = "global_batch_tokens" if full else "batch_warmup: steps of"
+            ranks = "ranks" if self.parallel.cp == self.parallel.tp == 1 else "data ranks"
             raise InputError(
                 f"{name} {'= ' if full else ''}{rows * self.data.seq_len} "
-                f"{'' if full else 'tokens '}are {rows} sequences, which {world_size} ranks x "
+                f"{'' if full else 'tokens '}are {rows} sequences, which {data_ranks} {ranks} x "
                 f"micro_batch_size = {self.micro_batch_size} do not divide; change one of them"
             )
         return per_rank // self.micro_batch_size
@@ -291,11 +300,22 @@ def with_base_model(tree: Tree) -> Tree:
     return {**tree, "model": config.merge(architecture, node)}
 
 
-def derived(cfg: RunConfig, gpus: int = 1) -> dict[str, Any]:
+def derived(cfg: RunConfig, gpus: int | None = None, gpu: str | None = None) -> dict[str, Any]:
     """What follows from a run's config; memory is per GPU on `gpus` of them.
 
-    `total_tokens` is what was asked for, `trained_tokens` what whole steps make of it.
+    `gpus`: None is the fewest that the layout allows. `gpu`, a name of `memory.GPU_GIB`, asks
+    whether the run fits it. `total_tokens` is what was asked for, `trained_tokens` what whole steps
+    make of it.
     """
+    gpus = cfg.parallel.least_ranks if gpus is None else gpus
+    need = memory_need(cfg, gpus)
+    memory = parts_of(need)
+    fits = {"fits": ", ".join(fitting(memory.total)) or "none"}
+    if gpu is not None:
+        fits[f"fits_{gpu}"] = "yes" if memory.total <= usable(gpu) else "no"
+        if memory.total > usable(gpu):
+            fits["would_fit_with"] = "; ".join(remedies(need, gpu)) or "nothing that was tried"
+    step = {} if gpu is None else {"step_estimate": step_estimate(cfg, need.sizes, gpu)}
     trained = cfg.tokens_at(cfg.steps)
     warmup = {"batch_warmup_steps": n} if (n := cfg.batch_sizes.warmup_steps) else {}
     return {
@@ -308,7 +328,13 @@ def derived(cfg: RunConfig, gpus: int = 1) -> dict[str, Any]:
         "total_flops": float(trained * cfg.model.flops_per_token(cfg.data.seq_len)),
         "tokens_per_parameter": round(trained / cfg.model.n_params, 2),
         "gpus": gpus,
-        "memory_gib_per_gpu": round(memory_bytes(cfg, gpus) / 2**30, 2),
+        **({"layout": need.sizes.describe()} if gpus > 1 else {}),
+        "memory_gib_per_gpu": round(memory.total / 2**30, 2),
+        "memory_parts_gib": {
+            name: round(part / 2**30, 2) for name, part in memory._asdict().items()
+        },
+        **fits,
+        **step,
     }
 
 
@@ -321,32 +347,46 @@ def derived_model(model: ModelConfig, seq_len: int) -> dict[str, Any]:
     }
 
 
-def memory_bytes(cfg: RunConfig, gpus: int) -> int:
-    """Estimate of one GPU's peak memory in training, without the allocator's own overhead.
+def memory_need(cfg: RunConfig, gpus: int) -> Need:
+    """What decides on the memory of each of `gpus` GPUs."""
+    sizes = cfg.parallel.sizes(gpus)
+    return Need(
+        cfg.model,
+        cfg.parallel,
+        sizes,
+        seq_len=cfg.data.seq_len,
+        micro_batch=cfg.micro_batch_size,
+        accumulates=cfg.global_batch > sizes.data_ranks * cfg.micro_batch_size,
+        muon=cfg.optim.name == "muon",
+        copies=sum(average.copies for average in cfg.averages.values()),
+    )
 
-    States: 16 bytes per parameter (fp32 weight, gradient, two Adam moments; Muon has one), and 4
-    for each copy that an average keeps, sharded over the GPUs. Gathered: the weights of two blocks
-    and of the unsharded tables, and their gradients, in the compute dtype. Activations per token
-    and block: what the backward pass needs, 6 D for the residual stream and norms, 3 N H + 4 K H
-    for attention, 4 F for a gated network (2 F without gate). Loss: one chunk of logits (fp32
-    twice) and the fp32 gradient of the head.
-    """
-    model, bytes_each = cfg.model, 4 if cfg.parallel.precision == "fp32" else 2
-    copies = sum(average.copies for average in cfg.averages.values())
-    on_muon = model.n_block_matrix_params if cfg.optim.name == "muon" else 0
-    states = ((16 + 4 * copies) * model.n_params - 4 * on_muon) // gpus
-    block = model.n_block_matrix_params // model.n_layers
-    tables = model.n_params - model.n_block_matrix_params
-    gathered = 2 * bytes_each * (2 * block + tables)
-    tokens = cfg.micro_batch_size * cfg.data.seq_len
-    ffn = (4 if model.is_gated else 2) * model.d_ff
-    width = 6 * model.d_model + 3 * model.q_width + 4 * model.kv_width + ffn
-    if cfg.parallel.activation_checkpointing:
-        activations = bytes_each * tokens * (model.n_layers * model.d_model + width)
-    else:
-        activations = bytes_each * tokens * model.n_layers * width
-    loss = 2 * 4 * min(tokens * model.vocab_size, 2**27) + 4 * model.vocab_size * model.d_model
-    return states + gathered + activations + loss
+
+def step_estimate(cfg: RunConfig, sizes: Sizes, gpu: str) -> dict[str, float]:
+    """What `cost.estimate` makes of a full step on these ranks: to plan, not to promise."""
+    parallel = cfg.parallel
+    plan = Plan(
+        cfg.model,
+        sizes,
+        cfg.data.seq_len,
+        cfg.micro_batch_size,
+        max(1, cfg.global_batch // (sizes.data_ranks * cfg.micro_batch_size)),
+        recomputation=parallel.recomputation,
+        float8=parallel.float8,
+        reduce_bytes=4 if parallel.reduce_dtype == "fp32" else 2,
+        reshard=parallel.reshard_after_forward is not False,
+    )
+    step = estimate(plan, MACHINES[gpu])
+    return {
+        "seconds": float(f"{step.seconds:.3g}"),
+        "tokens_per_second_per_gpu": float(f"{step.tokens_per_second_per_gpu:.3g}"),
+        "mfu": round(step.mfu, 3),
+    }
+
+
+def memory_bytes(cfg: RunConfig, gpus: int) -> int:
+    """Estimate of one GPU's peak memory in training (`memory.parts_of`)."""
+    return parts_of(memory_need(cfg, gpus)).total
 
 
 def resolved_yaml(cfg: RunConfig) -> str:

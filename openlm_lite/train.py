@@ -47,9 +47,11 @@ from openlm_lite.data.stream import Batch, TokenStream, train_batches, val_batch
 from openlm_lite.dist import World
 from openlm_lite.errors import InputError, RunError, SharedError
 from openlm_lite.eval.loss import validation_loss
+from openlm_lite.float8 import check_float8
 from openlm_lite.guard import Guard
 from openlm_lite.hf.source import Source, tokenizer_documents
 from openlm_lite.inherit import Record, first_weights, open_init_source
+from openlm_lite.layout import Layout, Sizes, build_layout
 from openlm_lite.model.loss import LossConfig
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
@@ -76,7 +78,8 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
     here on).
     """
     rank, world_size, _ = dist.launched()
-    cfg.check_batches(world_size)  # before anything else: does the batch divide?
+    cfg.check_layout(world_size)  # before anything else: do mesh and batch fit the ranks?
+    check_float8(cfg.parallel.float8, cfg.run.device)
     train_sets, val_sets = open_sources(cfg.data, cfg.model.vocab_size)
     stream = open_stream(cfg.data, train_sets, cfg.tokens_at(cfg.steps))
     folder = Path(cfg.run.dir).expanduser()
@@ -119,10 +122,10 @@ class Loop:
         self.stream, self.val_sets = stream, val_sets
         self.stop, self.watchdog = stop, watchdog
         self.schedule = cfg.schedule_in_steps
-        mesh = dist.data_parallel_mesh(world)
+        self.layout = build_layout(cfg.parallel, world)
         self.model = build_sharded_model(
             cfg.model.architecture,
-            mesh,
+            self.layout,
             cfg.parallel,
             world.device,
             cfg.run.seed,
@@ -211,7 +214,7 @@ class Loop:
             batch = next(self.batches)
         for message in share_bad_shards(self.stream, world):
             self.sinks.say(f"step {state.step}: left out: {message}")
-        agreed = agree_on(batch, world, bool(self.place.lost))
+        agreed = agree_on(batch, world, self.layout, bool(self.place.lost))
         if agreed.place_lost:  # all that follows would be thrown away
             why = self.place.lost or "as rank 0 has found"
             raise SharedError(lost_message(self.place.root, why))
@@ -221,11 +224,13 @@ class Loop:
         losses = forward_backward(
             self.model,
             batch,
-            cfg.micro_batches(world.world_size, state.step),
+            cfg.micro_batches(self.layout.sizes.data_ranks, state.step),
             cfg.loss,
             world,
+            self.layout.sizes,
             agreed.n_targets,
             self.stream.names,
+            reduce_each=cfg.parallel.reduce_every_micro_batch,
             stop_requested=lambda: self.stop.requested,
         )
         grad_norm = clip_gradients(self.model, cfg.optim.grad_clip).item()
@@ -313,8 +318,8 @@ class Loop:
                 seq_len=self.cfg.data.seq_len,
                 batch_size=self.cfg.micro_batch_size,
                 max_tokens=self.cfg.eval.tokens,
-                rank=self.world.rank,
-                world_size=self.world.world_size,
+                rank=self.layout.data_rank,
+                world_size=self.layout.sizes.data_ranks,
                 masks=self.cfg.data,
             )
             with self.watchdog.watch("validation"):
@@ -329,8 +334,8 @@ class Loop:
             self.stream,
             first_sample=self.state.next_sample,
             global_batch=self.n_rows,
-            rank=self.world.rank,
-            world_size=self.world.world_size,
+            rank=self.layout.data_rank,
+            world_size=self.layout.sizes.data_ranks,
             prefetch=self.cfg.data.prefetch_batches,
             masks=self.cfg.data,
         )
@@ -350,12 +355,13 @@ class Agreed(NamedTuple):
     place_lost: bool  # another run has the place of the checkpoints, as one rank knows
 
 
-def agree_on(batch: Batch, world: World, place_lost: bool) -> Agreed:
+def agree_on(batch: Batch, world: World, layout: Layout, place_lost: bool) -> Agreed:
     """Wait until every rank has its batch, and add up what they know; collective."""
     counts = torch.tensor(  # float64 holds all of these exactly
         [n_targets_of(batch), batch.checksum, place_lost], dtype=torch.float64
     ).to(world.device)
     torch.distributed.all_reduce(counts)
+    counts[:2] /= layout.sizes.ranks_per_row  # so many ranks have counted the same rows
     # all rows may be of shards that are left out
     n_targets = counts[0].clamp(min=1).float()
     _, checksum, losts = counts.tolist()
@@ -368,9 +374,11 @@ def forward_backward(
     micro_batches: int,
     loss: LossConfig,
     world: World,
+    sizes: Sizes,
     n_targets: torch.Tensor,
     sources: tuple[str, ...] = (),
     *,
+    reduce_each: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Losses:
     """Gradients of one global batch, of `n_targets` over all ranks; returns its losses.
@@ -379,8 +387,9 @@ def forward_backward(
     counting once, whatever the split; with a z-loss, plus z_loss times its mean over all
     positions, or over the targets. With several `sources` (which batch.sources_B number), the loss
     of each is found too. This rank's `stop_requested` is asked at the very end, for all to know.
+    `reduce_each`: the ranks add up their gradients after each micro-batch.
     """
-    n_positions = batch.targets_BT.numel() * world.world_size
+    n_positions = batch.targets_BT.numel() * sizes.data_ranks
     z_over_targets = loss.z_loss_over == "targets"
     z_weight = loss.z_loss
     if z_weight and not z_over_targets:
@@ -389,7 +398,7 @@ def forward_backward(
     found = torch.zeros(2, device=world.device)
     by_source = torch.zeros(2, len(sources), device=world.device)
     for i, part in enumerate(micro_batches_of(batch, micro_batches)):
-        set_gradient_sync(model, i == micro_batches - 1)
+        set_gradient_sync(model, reduce_each or i == micro_batches - 1)
         targets_BT = part.targets_BT.to(world.device, non_blocking=True)
         documents = part.doc_ids_BT
         sums = model(
@@ -399,12 +408,12 @@ def forward_backward(
             z_over_targets=z_over_targets,
             doc_ids_BT=None if documents is None else documents.to(world.device, non_blocking=True),
         )
-        # FSDP averages gradients over the ranks, n_targets already counts all of them.
-        (sums.total * (world.world_size / n_targets)).backward()
+        # FSDP averages gradients over these ranks, n_targets already counts all of them.
+        (sums.total * (sizes.addends / n_targets)).backward()
         found += torch.stack((sums.ce / n_targets, z_weight * sums.z / n_targets))
         if part.sources_B is not None:
-            ce_B = sums.ce_N.view_as(targets_BT).sum(1)
-            n_B = (targets_BT >= 0).sum(1).float()
+            ce_B = sums.ce_N.view(len(targets_BT), -1).sum(1)  # of this rank's part of each row
+            n_B = (targets_BT >= 0).sum(1).float() / sizes.ranks_per_row
             by_source.index_add_(1, part.sources_B.to(world.device), torch.stack((ce_B, n_B)))
     asked = torch.tensor([float(stop_requested())], device=world.device)
     found = torch.cat((found, by_source.flatten(), asked))

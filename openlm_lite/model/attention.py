@@ -7,6 +7,7 @@ J blocks of positions.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,13 +60,21 @@ class FlexMask(NamedTuple):
 
 
 Mask = Tensor | FlexMask
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""causal attention of (q_BNTH, k_BKTH, v_BKTH)"""
 
 
-def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask | None) -> Tensor:
+def attend(
+    q_BNTH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask: Mask | None,
+    kernel: Kernel | None = None,
+) -> Tensor:
     """Softmax attention, causal where no mask is given; N is a multiple of K.
 
     A mask is boolean ([T, S], or [B, 1, T, S] by document), or added to the scores ([N, T, S], or
-    [B, N, T, S] by document), or a FlexMask.
+    [B, N, T, S] by document), or a FlexMask. `kernel` computes what is plainly causal.
     """
     grouped = k_BKSH.shape[1] != q_BNTH.shape[1]
     if isinstance(mask, FlexMask):
@@ -79,6 +88,8 @@ def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask | None) ->
             block_mask=mask.blocks,
             enable_gqa=grouped,
         )
+    if kernel is not None and mask is None:
+        return kernel(q_BNTH, k_BKSH, v_BKSH)
     on_cpu = q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.float32
     ours = mask is None or (mask.dtype == torch.bool and mask.dim() == 4)
     if ours and on_cpu and q_BNTH.requires_grad:
@@ -230,6 +241,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.kernel: Kernel | None = None  # another one than `attend` has
         self.n_heads, self.n_kv_heads, self.head_dim = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         qkv_bias = cfg.attn_bias != "none"
         self.wq = nn.Linear(cfg.d_model, cfg.q_width, bias=qkv_bias)
@@ -269,5 +281,5 @@ class Attention(nn.Module):
         q_BNTH, k_BKSH, v_BKSH = (t.transpose(1, 2) for t in (q_BTNH, k_BTKH, v_BTKH))
         if cache is not None:
             k_BKSH, v_BKSH = cache.extend(self.layer, k_BKSH, v_BKSH)
-        y_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask)
+        y_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, mask, self.kernel if cache is None else None)
         return self.wo(y_BNTH.transpose(1, 2).reshape(B, T, -1))

@@ -11,7 +11,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.transformer import Transformer
@@ -64,10 +65,16 @@ def _draw(name: str, like: nn.Parameter, std: float, seed: int) -> Tensor:
     return nn.init.trunc_normal_(full, 0.0, std, -3 * std, 3 * std, generator=generator)
 
 
+@torch.no_grad()
 def copy_shard(parameter: nn.Parameter, full: Tensor) -> None:
-    """Put this rank's part of the whole tensor `full` into `parameter`."""
-    if isinstance(parameter, DTensor):
-        full = distribute_tensor(
-            full, parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    parameter.copy_(full)
+    """Put this rank's part of the whole tensor `full` into `parameter`; no communication."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(full)
+        return
+    # not distribute_tensor: it knows nothing of a dimension that two mesh dimensions share
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
+        full = full.narrow(dim, start, size) if size else full.narrow(dim, 0, 0)
+    parameter.to_local().copy_(full)

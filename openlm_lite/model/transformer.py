@@ -101,6 +101,7 @@ class Transformer(nn.Module):
         z_over_targets: bool = False,
         cache: KVCache | None = None,
         doc_ids_BT: Tensor | None = None,
+        positions_T: Tensor | None = None,
     ) -> Tensor | LossSums:
         """Logits [B, T, V] in fp32; with `targets_BT`, the loss sums instead (never all logits).
 
@@ -110,6 +111,9 @@ class Transformer(nn.Module):
         With `doc_ids_BT` (integers that never decrease along a row) each document of a row gives
         the logits that it gives alone. Learned positions begin anew in each; rotary embedding and
         ALiBi know distances only, and run on.
+
+        `positions_T`: where the tokens stand in their row, for a rank that holds a part of it;
+        None: side by side from the cache's length on.
         """
         start = 0 if cache is None else cache.length
         T = tokens_BT.shape[1]
@@ -119,7 +123,8 @@ class Transformer(nn.Module):
             )
         if cache is not None and doc_ids_BT is not None:
             raise InputError("a cache holds one document per row: doc_ids_BT cannot be given too")
-        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
+        if positions_T is None:
+            positions_T = torch.arange(start, start + T, device=tokens_BT.device)
         rope = rope_tables(positions_T, self.cfg) if self.cfg.positions == "rope" else None
 
         x_BTD = self.embedding(tokens_BT)

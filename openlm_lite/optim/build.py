@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
@@ -105,13 +106,15 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig, width: int = 0) -> tuple
     """
     parameters = {plain_name(name): p for name, p in model.named_parameters()}
     found = treatments(((name, p.ndim) for name, p in parameters.items()), cfg, width)
-    groups: dict[Treatment, dict[str, Any]] = {}
+    # one kernel steps all parameters of a group: they have to lie on one mesh
+    groups: dict[tuple[Treatment, DeviceMesh | None], dict[str, Any]] = {}
     for name, treatment in found.items():
         _, lr_scale, weight_decay = treatment
         fresh = {"params": [], "lr_scale": lr_scale, "weight_decay": weight_decay}
-        groups.setdefault(treatment, fresh)["params"].append(parameters[name])
-    on_adamw = [group for treatment, group in groups.items() if not treatment.muon]
-    on_muon = [group for treatment, group in groups.items() if treatment.muon]
+        key = treatment, _mesh_of(parameters[name])
+        groups.setdefault(key, fresh)["params"].append(parameters[name])
+    on_adamw = [group for (treatment, _), group in groups.items() if not treatment.muon]
+    on_muon = [group for (treatment, _), group in groups.items() if treatment.muon]
     optimizers: list[Optimizer] = []
     if on_adamw:
         betas = (cfg.beta1, cfg.beta2)
@@ -133,12 +136,25 @@ def set_lr(optimizers: Iterable[Optimizer], lr: float) -> None:
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """L2 norm of the whole gradient over all ranks (fp32 scalar); scales it down to `max_norm`.
 
-    A non-finite norm is returned as it is: the caller must then not step.
+    Parameters may lie on several meshes. A non-finite norm is returned as it is: the caller must
+    then not step.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # the sum over the shards: a collective, on every rank
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for p in model.parameters():
+        if p.grad is not None:
+            by_mesh.setdefault(_mesh_of(p), []).append(p)
+    norms = []
+    for parameters in by_mesh.values():
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # the sum over the shards: a collective, on every rank
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.float()
+        for parameters in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return total.float()
+
+
+def _mesh_of(parameter: Tensor) -> DeviceMesh | None:
+    """The ranks that have parts of it; None where this one has it all."""
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None

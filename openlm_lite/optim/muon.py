@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0; the published ones
 _STEPS = 5
@@ -68,8 +68,7 @@ class Muon(torch.optim.Muon):
         Raises ValueError for a parameter that is no matrix, or is not sharded by its rows.
         """
         for p in (p for group in groups for p in group["params"]):
-            rows_only = not isinstance(p, DTensor) or p.placements == (Shard(0),)
-            if p.ndim != 2 or not rows_only:
+            if p.ndim != 2 or not _is_whole_or_by_rows(p):
                 raise ValueError(f"Muon takes matrices, whole or by rows: {tuple(p.shape)}")
         super().__init__(groups, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
         self.dtype = dtype
@@ -194,8 +193,21 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _is_whole_or_by_rows(parameter: Tensor) -> bool:
+    """Rows over the last dimension of its mesh; with HSDP the first one has copies of that."""
+    if not isinstance(parameter, DTensor):
+        return True
+    return parameter.placements in ((Shard(0),), (Replicate(), Shard(0)))
+
+
 def _group_of(parameter: Tensor) -> dist.ProcessGroup | None:
-    """The ranks that share the parameter; None where this one has all of it."""
-    if not isinstance(parameter, DTensor) or parameter.device_mesh.size() == 1:
+    """The ranks that share the parameter; None where this one has all of it.
+
+    Each copy of HSDP's works for itself: their gradients, and so their updates, are the same bits.
+    """
+    if not isinstance(parameter, DTensor):
         return None
-    return parameter.device_mesh.get_group()
+    shards = parameter.device_mesh.ndim - 1
+    return (
+        parameter.device_mesh.get_group(shards) if parameter.device_mesh.size(shards) > 1 else None
+    )

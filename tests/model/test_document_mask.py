@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from openlm_lite import dist
 from openlm_lite.errors import InputError
+from openlm_lite.layout import build_layout
 from openlm_lite.model import attention, eager
 from openlm_lite.model.attention import KVCache
 from openlm_lite.model.config import ModelConfig
@@ -147,7 +148,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
         for checkpointing in (False, True):
             model = build(TINY)
             cfg = ParallelConfig(precision="fp32", activation_checkpointing=checkpointing)
-            parallelize(model, dist.data_parallel_mesh(world), cfg)
+            parallelize(model, build_layout(cfg, world), cfg)
             model(tokens[:, :-1], tokens[:, 1:], doc_ids_BT=doc_ids).total.backward()
             found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     finally:
@@ -164,7 +165,7 @@ def test_a_sharded_bf16_model_sees_no_other_document() -> None:
     try:
         model = build(TINY)
         cfg = ParallelConfig(precision="bf16", activation_checkpointing=True)
-        parallelize(model, dist.data_parallel_mesh(world), cfg)
+        parallelize(model, build_layout(cfg, world), cfg)
         logits, others = (model(t, doc_ids_BT=doc_ids) for t in (tokens, changed))
         model(tokens, tokens, doc_ids_BT=doc_ids).total.backward()
         assert all(p.grad is not None for p in model.parameters())

@@ -129,12 +129,13 @@ def test_bf16_rotary_angles_are_exact() -> None:
 
 def test_rotary_tables_stay_fp32_under_bf16_training() -> None:
     from openlm_lite import dist
+    from openlm_lite.layout import build_layout
     from openlm_lite.parallel import ParallelConfig, build_sharded_model
 
     world = dist.init()
     try:
-        mesh = dist.data_parallel_mesh(world)
-        model = build_sharded_model(TINY, mesh, ParallelConfig(precision="bf16"), world.device, 0)
+        cfg = ParallelConfig(precision="bf16")
+        model = build_sharded_model(TINY, build_layout(cfg, world), cfg, world.device, 0)
         seen: list[torch.dtype] = []
         attention = model.layers[0].attention
         attention.register_forward_pre_hook(

@@ -171,13 +171,14 @@ def test_impossible_rules_are_named(fields: dict[str, Any], message: str) -> Non
 
 def test_names_are_those_without_activation_checkpointing() -> None:
     from openlm_lite import dist
+    from openlm_lite.layout import build_layout
     from openlm_lite.parallel import ParallelConfig, parallelize
     from tests.tiny_run import process_group
 
     model = tiny_model(tiny_config())
     with process_group():
-        mesh = dist.data_parallel_mesh(dist.World(0, 1, 0, torch.device("cpu")))
-        parallelize(model, mesh, ParallelConfig("fp32", activation_checkpointing=True))
+        cfg = ParallelConfig(precision="fp32", activation_checkpointing=True)
+        parallelize(model, build_layout(cfg, dist.World(0, 1, 0, torch.device("cpu"))), cfg)
     groups = rule(match="layers.0.attention.wq.weight", lr_scale=0.5)
     optimizers = build_optimizer(model, OptimConfig(name="muon", groups=groups))
     (muon,) = [one for one in optimizers if isinstance(one, Muon)]
