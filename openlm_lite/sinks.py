@@ -95,11 +95,13 @@ class Sinks:
     def banner(self, stream: TokenStream, origin: Record | None, resume_step: int) -> None:
         """What begins here, or goes on after `resume_step` (-1: from the start)."""
         cfg, world = self.cfg, self.world
+        sizes = cfg.parallel.sizes(world.world_size)
+        layout = "" if sizes.shards == world.world_size else f", {sizes.describe()}"
         growing = "" if cfg.batch_at(0) == cfg.global_batch else f"{cfg.batch_at(0)} to "
         self.say(
             f"{log.human(cfg.model.n_params)} parameters, {cfg.steps} steps of "
             f"{growing}{cfg.global_batch} x {cfg.data.seq_len} tokens, "
-            f"{world.world_size} x {world.device.type} ({cfg.parallel.precision}), "
+            f"{world.world_size} x {world.device.type} ({cfg.parallel.precision}{layout}), "
             f"data {self._described(stream)}"
         )
         for start, shares in stream.mixture.describe() if stream.mixture else ():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from openlm_lite.context_parallel import _attend_causal
 from openlm_lite.model import attention
 from openlm_lite.model.attention import FlexMask
 from openlm_lite.model.loss import LossSums
@@ -107,3 +108,74 @@ def test_two_gpus_follow_one(toy_recipe: Path, tmp_path: Path) -> None:
     train(toy_recipe, tmp_path / "1")
     train(toy_recipe, tmp_path / "2", processes=2)
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-3)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs the float8 products of an H100",
+)
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_float8_follows_bf16(toy_recipe: Path, tmp_path: Path, recipe: str) -> None:
+    words = ["total_steps=40", "parallel.compile=true"]
+    train(toy_recipe, tmp_path / "bf16", *words)
+    train(toy_recipe, tmp_path / "float8", *words, f"parallel.float8={recipe}")
+    ours, theirs = losses(tmp_path / "float8"), losses(tmp_path / "bf16")
+    assert ours != theirs and ours == pytest.approx(theirs, rel=0.03)
+
+
+def test_recomputation_on_a_gpu_has_the_losses_of_keeping_everything(
+    toy_recipe: Path, tmp_path: Path
+) -> None:
+    words = ["run.deterministic=true", "model.head_dim=16"]
+    train(toy_recipe, tmp_path / "none", *words)
+    for how in ("selective", "full"):
+        train(toy_recipe, tmp_path / how, *words, f"parallel.activation_checkpointing={how}")
+        assert losses(tmp_path / how) == pytest.approx(losses(tmp_path / "none"), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_queries_of_a_part_of_a_row_see_what_the_mask_says(dtype: torch.dtype) -> None:
+    """The kernels that context parallelism takes, against plain attention in fp64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = {"device": "cuda", "generator": generator}
+    q = torch.randn(2, 4, 64, 64, **shape)
+    k, v = (torch.randn(2, 2, 256, 64, **shape) for _ in range(2))
+    ours = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    out = _attend_causal(*ours)
+    out.float().square().sum().backward()
+
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    keys, values = (t.repeat_interleave(2, dim=1) for t in exact[1:])
+    scores = exact[0] @ keys.transpose(2, 3) / 8
+    hidden = torch.ones(64, 256, dtype=torch.bool, device="cuda").triu(diagonal=193)
+    expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+    expected.square().sum().backward()
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for a, b in ((out, expected), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["parallel.tp=2"],
+        ["parallel.cp=2"],
+        ["parallel.dp_replicate=2"],
+        ["parallel.tp=2", "parallel.compile=true", "parallel.activation_checkpointing=selective"],
+        ["parallel.cp=2", "parallel.compile=true"],
+    ],
+)
+def test_layouts_of_two_gpus_follow_one(toy_recipe: Path, tmp_path: Path, words: list[str]) -> None:
+    train(toy_recipe, tmp_path / "1", "model.head_dim=16")
+    train(toy_recipe, tmp_path / "2", "model.head_dim=16", *words, processes=2)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+@pytest.mark.parametrize("name", ["dp_replicate", "tp", "cp"])
+def test_layouts_of_four_gpus_follow_one(toy_recipe: Path, tmp_path: Path, name: str) -> None:
+    words = ["model.head_dim=16", "micro_batch_size=2"]
+    train(toy_recipe, tmp_path / "1", *words)
+    train(toy_recipe, tmp_path / "4", *words, f"parallel.{name}=2", processes=4)
+    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=0.02)

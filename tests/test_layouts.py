@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,7 +115,7 @@ def test_a_layout_may_change_on_resume(
             if path.name not in ("checkpoints", "lock"):
                 (run / path.name).write_bytes(path.read_bytes())
         (run / "checkpoints").mkdir()
-        (run / "checkpoints" / "step_00000008").symlink_to(steps / "step_00000008")
+        shutil.copytree(steps / "step_00000008", run / "checkpoints" / "step_00000008")
         resumed = train(train_server, toy_recipe, run, *words, *layout, world=world)
         assert resumed == pytest.approx(losses(alone), rel=1e-5)
         averaged = [r["val/toy/ema/loss"] for r in measured(run) if "val/toy/ema/loss" in r]
@@ -129,7 +131,7 @@ def test_a_layout_may_change_on_resume(
 def test_muon_runs_on_copies_and_on_parts_of_rows(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
-    words = ["optim.name=muon", "total_steps=6", "schedule.cooldown_steps=2"]
+    words = ["optim.name=muon", "total_steps=6", "schedule.cooldown_steps=2", "micro_batch_size=2"]
     one = train(train_server, toy_recipe, tmp_path / "1", *words)
     hsdp = train(train_server, toy_recipe, tmp_path / "hsdp", *words, HSDP, world=4)
     assert hsdp == pytest.approx(one, rel=1e-5)
@@ -154,11 +156,18 @@ def test_a_mixture_has_the_losses_of_each_source_on_every_layout(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [[], [TP], [CP]], ids=["fsdp", "tp", "cp"])
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("words", [[TP], [CP]], ids=["tp", "cp"])
 def test_compiled_blocks_have_the_losses_of_eager_ones(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path, words: list[str]
 ) -> None:
-    short = ["total_steps=4", "schedule.cooldown_steps=1", *words]
+    short = [
+        "total_steps=4",
+        "schedule.cooldown_steps=1",
+        "data.val={}",
+        "model.n_layers=1",
+        *words,
+    ]
     eager = train(train_server, toy_recipe, tmp_path / "eager", *short, world=2)
     compiled = [*short, "parallel.compile=true", "parallel.activation_checkpointing=selective"]
     ours = train(train_server, toy_recipe, tmp_path / "compiled", *compiled, world=2)
@@ -334,8 +343,6 @@ def test_float8_rounds_the_products_of_the_blocks_alone(recipe: str) -> None:
 def test_config_says_what_fits_a_gpu_and_what_to_change(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import json
-
     words = ["config", "dclm_7b_2x", "--gpus", "8", "--json"]
     assert main([*words, "--gpu", "A100-40"]) == 0
     found = json.loads(capsys.readouterr().out)
