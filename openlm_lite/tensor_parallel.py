@@ -73,6 +73,10 @@ def cut_matrices(model: Transformer, mesh: DeviceMesh) -> None:
             style = _CutNorm if attention.qk_norm == "full" else _WholeNorm
             plan |= {"attention.q_norm": style(), "attention.k_norm": style()}
         parallelize_module(block, mesh, plan)
+        if attention.qk_norm != "none":
+            # compiled, tracing them backward does not come to an end (torch 2.13)
+            for norm in (attention.q_norm, attention.k_norm):
+                norm.forward = torch.compiler.disable(norm.forward)
     if model.cfg.positions == "learned":
         model.position_embedding.register_forward_hook(
             lambda module, args, out: out.chunk(tp, dim=-2)[mesh.get_local_rank()]
