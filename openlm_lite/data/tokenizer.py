@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -58,7 +59,7 @@ class Coder(Protocol):
     @property
     def vocab_size(self) -> int: ...
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str: ...
     def token_id(self, token: str) -> int | None: ...
     def describe(self) -> dict[str, Any]: ...
     def to_json(self) -> str: ...
@@ -71,6 +72,7 @@ class Tokenizer:
     `eot` / `eot_id` is the token that ends a document; `vocab_size` is one more than the highest
     id, so unused ids count; `fingerprint` is a sha256 of what decides the ids (vocabulary, merges,
     split pattern, special tokens): two tokenizers that share it encode alike.
+    `bos_ids`: what its file wants before a text (Llama: one id; most: none). Our data has none.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Tokenizer:
     vocab_size: int
     fingerprint: str
     coder: Coder
+    bos_ids: tuple[int, ...] = ()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One uint32 array per text; nothing is added.
@@ -92,9 +95,10 @@ class Tokenizer:
         """The ids of one text, uint32."""
         return self.coder.encode_batch([text])[0]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`, special tokens included; ids past the vocabulary have no text."""
-        return self.coder.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
+        known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
+        return self.coder.decode(known, skip_special)
 
     def save(self, folder: str | Path) -> None:
         """Write `folder`/tokenizer.json and tokenizer_config.json, for AutoTokenizer as for us."""
@@ -119,6 +123,7 @@ class TiktokenCoder:
     def __init__(self, bpe: ByteBPE):
         self.bpe = bpe
         self.specials = bpe.specials | bpe.fillers  # so that every id below vocab_size decodes
+        self._special_ids = frozenset(self.specials.values())
         self._encoding = tiktoken.Encoding(
             "openlm_lite",
             pat_str=bpe.pattern,
@@ -137,7 +142,9 @@ class TiktokenCoder:
         encode = self._encoding.encode_to_numpy
         return [encode(_valid(text), disallowed_special=()) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        if skip_special:
+            ids = [i for i in ids if i not in self._special_ids]
         return self._encoding.decode(ids)
 
     def token_id(self, token: str) -> int | None:
@@ -180,8 +187,8 @@ class JsonCoder:
             encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -298,11 +305,24 @@ def _from_json(name: str, content: str, eot: str | None) -> Tokenizer:
         bpe = from_tokenizer_json(document)
         with _errors_told("it cannot be read"):
             coder = JsonCoder(content) if bpe is None else TiktokenCoder(bpe)
+            bos_ids = _bos_ids(document, content)
     except InputError as e:
         raise InputError(f"tokenizer {name}: {e}") from None
     except Exception as e:  # a damaged or hostile document makes nearly anything happen
         raise InputError(f"tokenizer {name}: not a readable tokenizer.json: {e!r}") from e
-    return _tokenizer(name, coder, eot)
+    return dataclasses.replace(_tokenizer(name, coder, eot), bos_ids=bos_ids)
+
+
+def _bos_ids(document: dict[str, Any], content: str) -> tuple[int, ...]:
+    """The ids that the post-processor of a tokenizer.json puts before a text."""
+    if (document.get("post_processor") or {}).get("type") in (None, "ByteLevel"):
+        return ()
+    tokenizer = tokenizers.Tokenizer.from_str(content)
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    framed = tokenizer.encode("a").ids
+    starts = range(len(framed) - len(plain) + 1)
+    start = next((i for i in starts if framed[i : i + len(plain)] == plain), 0)
+    return tuple(framed[:start])
 
 
 def _from_json_file(path: Path, name: str, eot: str | None) -> Tokenizer:

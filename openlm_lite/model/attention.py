@@ -153,6 +153,50 @@ def _slopes(cfg: ModelConfig, device: torch.device) -> Tensor:
     return torch.tensor(alibi_slopes(cfg.n_heads, cfg.alibi_bias_max), device=device)
 
 
+# --- continuations inside a row ------------------------------------------------------------------
+
+
+class Branches(NamedTuple):
+    """Several continuations of each row's cached tokens, side by side in one row of new ones.
+
+    A row with 3 cached tokens, in a cache that is 4 long for its longest row, and the branches
+    "a b" and "c"::
+
+        branch_BT              0 0 1
+        positions_BT           3 4 3         as if each came alone behind the cached tokens
+        cached_positions_BS    0 1 2 -1      -1: padding, seen by none
+    """
+
+    branch_BT: Tensor
+    """which branch a token is of, integers; equal ones stand together"""
+    positions_BT: Tensor
+    cached_positions_BS: Tensor
+
+
+def branch_mask(cfg: ModelConfig, branches: Branches, dtype: torch.dtype) -> Tensor:
+    """The mask of the new tokens over the S cached ones and themselves, for `attend`.
+
+    The row drawn at `Branches` (x: seen)::
+
+               cached     new
+               0 1 2 -   a b c
+           a   x x x     x
+           b   x x x     x x
+           c   x x x         x
+
+    Boolean [B, 1, T, S + T], with ALiBi [B, N, T, S + T] in `dtype`.
+    """
+    branch_BT, positions_BT, cached_BS = branches
+    T = branch_BT.shape[1]
+    own_BTT = (branch_BT[:, :, None] == branch_BT[:, None, :]).tril()
+    seen = torch.cat(((cached_BS >= 0)[:, None].expand(-1, T, -1), own_BTT), dim=-1)
+    if cfg.positions != "alibi":
+        return seen[:, None]
+    keys = torch.cat((cached_BS, positions_BT), dim=1)
+    distance = (positions_BT[:, :, None] - keys[:, None, :]).float().masked_fill(~seen, torch.inf)
+    return (-_slopes(cfg, branch_BT.device)[:, None, None] * distance[:, None]).to(dtype)
+
+
 # --- documents inside a row ----------------------------------------------------------------------
 
 _FLEX_BLOCK = 128  # positions that FlexAttention skips, or computes unmasked, together

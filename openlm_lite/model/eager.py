@@ -53,6 +53,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+        # or [B, T, H], where the rows have positions of their own
         ctx.save_for_backward(cos_TH, sin_TH)
         return _turn(x_BTNH, cos_TH, sin_TH, 1)
 
@@ -64,7 +65,7 @@ class Rotate(torch.autograd.Function):
 
 def _turn(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor, direction: int) -> Tensor:
     half = x_BTNH.shape[-1] // 2
-    cos, sin = cos_TH[:, None, :half], sin_TH[:, None, :half]
+    cos, sin = cos_TH[..., None, :half], sin_TH[..., None, :half]
     x = x_BTNH.float()
     first, second = x[..., :half], x[..., half:]
     out = torch.empty_like(x)

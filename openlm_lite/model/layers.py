@@ -38,6 +38,8 @@ class Norm(nn.Module):
 def rope_tables(positions_T: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * theta^(-2i/R), each [T, R], in fp32 (arXiv:2104.09864).
 
+    Positions [B, T] give [B, T, R].
+
     The R/2 frequencies stand twice, for the two halves that `apply_rope` pairs. The tables are
     computed in the forward pass and stay fp32 under bf16: a bf16 frequency is off by radians at
     position 2,000 (`rope_freq_dtype` = bf16 rounds them all the same).
@@ -46,7 +48,7 @@ def rope_tables(positions_T: Tensor, cfg: ModelConfig) -> tuple[Tensor, Tensor]:
     frequencies = 1.0 / cfg.rope_theta ** (exponents / cfg.rotary_dim)
     if cfg.rope_freq_dtype == "bf16":
         frequencies = frequencies.bfloat16().float()
-    angles = torch.outer(positions_T.float(), frequencies)
+    angles = positions_T.float()[..., None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -68,7 +70,7 @@ def apply_rope(x_BTNH: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool
         return eager.Rotate.apply(x_BTNH, cos_TR, sin_TR)
     first, second = x_BTNH.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    cos, sin = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)  # the same for every head
+    cos, sin = cos_TR.unsqueeze(-2), sin_TR.unsqueeze(-2)  # the same for every head
     return (x_BTNH.float() * cos + turned * sin).to(x_BTNH.dtype)
 
 

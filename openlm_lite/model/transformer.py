@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from openlm_lite.errors import InputError
 from openlm_lite.model.attention import (
     Attention,
+    Branches,
     KVCache,
     Mask,
+    branch_mask,
     causal_mask,
     document_mask,
     positions_in_documents,
@@ -102,8 +104,12 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         doc_ids_BT: Tensor | None = None,
         positions_T: Tensor | None = None,
+        branches: Branches | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor | LossSums:
         """Logits [B, T, V] in fp32; with `targets_BT`, the loss sums instead (never all logits).
+
+        `logits_at` (indices into the B * T positions) asks for those logits alone, [n, V].
 
         The loss is taken inside the forward pass because that is where FSDP2 holds the gathered
         head weight. With `cache`, `tokens_BT` continue what the cache holds.
@@ -114,16 +120,21 @@ class Transformer(nn.Module):
 
         `positions_T`: where the tokens stand in their row, for a rank that holds a part of it;
         None: side by side from the cache's length on.
+
+        With `branches` each row of `tokens_BT` holds several continuations of what the cache has
+        of that row, and none of them sees another. Their positions have to be below max_seq_len.
         """
         start = 0 if cache is None else cache.length
         T = tokens_BT.shape[1]
-        if start + T > self.cfg.max_seq_len:
+        if branches is None and start + T > self.cfg.max_seq_len:
             raise InputError(
                 f"{start + T} positions are longer than max_seq_len = {self.cfg.max_seq_len}"
             )
         if cache is not None and doc_ids_BT is not None:
             raise InputError("a cache holds one document per row: doc_ids_BT cannot be given too")
-        if positions_T is None:
+        if branches is not None:
+            positions_T = branches.positions_BT
+        elif positions_T is None:
             positions_T = torch.arange(start, start + T, device=tokens_BT.device)
         rope = rope_tables(positions_T, self.cfg) if self.cfg.positions == "rope" else None
 
@@ -133,7 +144,9 @@ class Transformer(nn.Module):
             x_BTD = x_BTD + self.position_embedding(known)
         if self.cfg.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
-        if doc_ids_BT is None:
+        if branches is not None:
+            mask = branch_mask(self.cfg, branches, x_BTD.dtype)
+        elif doc_ids_BT is None:
             mask = causal_mask(self.cfg, start, T, x_BTD.device, x_BTD.dtype)
         else:
             mask = document_mask(self.cfg, doc_ids_BT, x_BTD.dtype)
@@ -144,6 +157,8 @@ class Transformer(nn.Module):
             cache.length += T
 
         if targets_BT is None:
+            if logits_at is not None:
+                x_BTD = x_BTD.flatten(0, 1)[logits_at]
             return (x_BTD @ self.head_weight_VD.t()).float()
         return linear_cross_entropy(
             x_BTD.flatten(0, 1),
