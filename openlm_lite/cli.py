@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from openlm_lite import cli_data, cli_fit, cli_science, redact
+from openlm_lite import cli_data, cli_eval, cli_fit, cli_science, redact
 from openlm_lite.cli_data import print_result
 from openlm_lite.errors import InputError, RelayedError, RunError, SharedError
 
@@ -138,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_science.add_verbs(verb)
     cli_fit.add_verbs(verb)
+    cli_eval.add_verbs(verb)
 
     p = verb("generate", _generate, "continue a prompt")
     p.add_argument("path", help="run folder, checkpoint or Hugging Face folder")

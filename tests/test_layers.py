@@ -53,7 +53,7 @@ LAYERS = [
     },
     {"run", "toy"},
     {"train", "branch", "run_folder", "saver", "sinks", "plots", "inspection", "scaling"},
-    {"cli", "cli_data", "cli_science", "cli_fit", "__main__"},
+    {"cli", "cli_data", "cli_science", "cli_fit", "cli_eval", "__main__"},
 ]
 APART = {"model", "data", "optim"}  # these never see each other
 FILES = sorted(PACKAGE.rglob("*.py"))

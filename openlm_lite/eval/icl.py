@@ -149,7 +149,7 @@ def run_suite(
     Raises InputError for a malformed row (task and row in the message), and where no task has data.
     """
     settings = settings or SuiteSettings()
-    files, missing = _find_files(tasks, data_dir)
+    files, missing = find_files(tasks, data_dir)
 
     def read() -> dict[str, Data]:
         return {task.label: read_data(task, files[task.label]) for task in tasks_here}
@@ -173,8 +173,8 @@ def run_suite(
     return SuiteResult(results, dict(sorted(missing.items(), key=lambda item: order[item[0]])))
 
 
-def _find_files(tasks: Sequence[Task], data_dir: str) -> tuple[dict[str, str], dict[str, str]]:
-    """(label -> path, label -> why there is none)."""
+def find_files(tasks: Sequence[Task], data_dir: str) -> tuple[dict[str, str], dict[str, str]]:
+    """(label -> path, label -> why there is none). Raises InputError where no task has data."""
     found, missing = {}, {}
     for task in tasks:
         path = find_data(task, data_dir)
