@@ -77,9 +77,10 @@ def evaluate(request: EvalRequest) -> dict[str, Any]:
     tasks = tasks_of(request.suite)
     find_files(tasks, request.data)  # before a large model is loaded
     began = time.monotonic()
+    loaded = load_model(request)  # before the ranks meet: what is wrong is told once
     world = dist.init(request.device)
     try:
-        loaded = load_model(request, world.device)
+        loaded.scorer.model.to(world.device)
         settings = request.settings
         identity = {
             "model": loaded.facts["fingerprint"],
@@ -96,6 +97,7 @@ def evaluate(request: EvalRequest) -> dict[str, Any]:
                 loaded.scorer, loaded.tokenizer, tasks, request.data, settings, journal=journal
             )
             result = _result(request, loaded, identity, suite, time.monotonic() - began)
+            result["settings"] |= {"device": str(world.device), "ranks": dist.world_size()}
             if journal is not None:
                 dist.on_main(lambda: write_json(os.path.join(journal.path, "result.json"), result))
         return result
@@ -141,8 +143,6 @@ def _result(
             **identity,
             "tokenizer_name": loaded.tokenizer.name,
             "data": os.path.abspath(request.data),
-            "device": str(loaded.facts["device"]),
-            "ranks": dist.world_size(),
         },
         "versions": {**versions, "python": platform.python_version()},
         "command": sys.argv,
@@ -153,8 +153,8 @@ def _result(
 # --- the model -----------------------------------------------------------------------------------
 
 
-def load_model(request: EvalRequest, device: torch.device) -> Loaded:
-    """The model at `request.path` on `device`: a checkpoint, a run, or a Hugging Face folder."""
+def load_model(request: EvalRequest) -> Loaded:
+    """The model at `request.path`, on the CPU: a checkpoint, a run, or a Hugging Face folder."""
     dtype = DTYPES.get(request.dtype)
     if dtype is None:
         raise InputError(f"--dtype {request.dtype}: must be one of {', '.join(DTYPES)}")
@@ -171,24 +171,22 @@ def load_model(request: EvalRequest, device: torch.device) -> Loaded:
                 raise
             why = str(e)
     if source is not None:
-        return _load_ours(source, request, device, dtype)
+        return _load_ours(source, request, dtype)
     if why:
         log.warning("our model cannot hold this one, so transformers' class is asked: %s", why)
-    model = load_hf(path, dtype).to(device)
+    model = load_hf(path, dtype)
     facts = {"path": os.path.abspath(path), "class": type(model).__name__, "why_not_ours": why}
-    facts |= {"fingerprint": _fingerprint_of_folder(path), "device": str(device)}
+    facts["fingerprint"] = _fingerprint_of_folder(path)
     return Loaded(HFScorer(model), load_tokenizer(request.tokenizer or path), facts)
 
 
-def _load_ours(
-    source: Source, request: EvalRequest, device: torch.device, dtype: torch.dtype
-) -> Loaded:
+def _load_ours(source: Source, request: EvalRequest, dtype: torch.dtype) -> Loaded:
     words = find_tokenizer(source.path, request.tokenizer, source.cfg.vocab_size)
-    model = build_model(source.cfg, source.weights).to(device=device, dtype=dtype)
+    model = build_model(source.cfg, source.weights).to(dtype)
     names = ("path", "step", "tokens", "commit_sha256", "hf_class", "average")
     facts = {name: source.facts[name] for name in names if name in source.facts}
     fingerprint = source.facts.get("commit_sha256") or _fingerprint_of_folder(source.path)
-    facts |= {"fingerprint": fingerprint, "n_params": source.cfg.n_params, "device": str(device)}
+    facts |= {"fingerprint": fingerprint, "n_params": source.cfg.n_params}
     return Loaded(ModelScorer(model), words, facts)
 
 
