@@ -124,29 +124,29 @@ def _result_lines(result: dict[str, Any]) -> list[str]:
             f"{'; '.join(notes)}".rstrip()
         )
     lines += [f"missing: {label}: {why}" for label, why in result["missing"].items()]
-    return [*lines, *_mean_lines(result)]
+    scored = {n: t for n, t in result["tasks"].items() if t["accuracy"] is not None}
+    return [*lines, *_mean_lines({**result, "centered": scored})]
 
 
 def _mean_lines(result: dict[str, Any]) -> list[str]:
-    """CORE, EXTENDED and the categories, percent."""
+    """CORE, EXTENDED and the categories, percent; of CORE the missing tasks by name."""
     from openlm_lite.eval.tasks import all_tasks
 
-    absent = set(result["missing"])
-    have = set(result.get("tasks", {})) - absent or {t.label for t in all_tasks()} - absent
+    scored = set(result["centered"])
+    means = {"core": result["core"], "extended": result["extended"], **result["categories"]}
     lines = [f"centered means, percent (baselines {result['baselines']}):"]
-    groups = {"core": [t.label for t in all_tasks() if t.core]}
-    groups["extended"] = [t.label for t in all_tasks()]
-    for category in result["categories"]:
-        groups[category] = [t.label for t in all_tasks() if t.category == category]
-    for name, labels in groups.items():
-        value = result[name] if name in ("core", "extended") else result["categories"][name]
-        lacking = [label for label in labels if label not in have]
-        some = ", ".join(lacking[:6]) + (" …" if len(lacking) > 6 else "")
-        lines.append(
-            f"  {name:<26}{value:6.2f}"
-            if value is not None
-            else f"  {name:<26}     -  not without {len(lacking)} of {len(labels)} tasks: {some}"
-        )
+    for name, value in means.items():
+        of_it = [
+            task.label
+            for task in all_tasks()
+            if name == "extended" or name == task.category or (name == "core" and task.core)
+        ]
+        if value is not None:
+            lines.append(f"  {name:<26}{value:6.2f}")
+            continue
+        lacking = [label for label in of_it if label not in scored]
+        names = f": {', '.join(lacking)}" if name == "core" or len(lacking) < 4 else ""
+        lines.append(f"  {name:<26}     -  {len(lacking)} of its {len(of_it)} tasks lack{names}")
     return lines
 
 
@@ -157,7 +157,7 @@ def _aggregate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**found, "unit": "percent"}))
         return 0
-    lines = _mean_lines({**found, "tasks": found["centered"]})
+    lines = _mean_lines(found)
     if found["unknown"]:
         lines.append(f"counted nowhere, as no tasks of DCLM's: {', '.join(found['unknown'])}")
     print("\n".join(lines))

@@ -409,11 +409,11 @@ def _rows_asked(data: Data, limit: int | None) -> int:
     )
 
 
-def _row_weight(task: Task, data: Data) -> float:
+def _row_weight(task: Task, data: Data) -> int:
     """Characters that the model reads per row, about."""
     rows = [row for rows in data.categories.values() for row in rows]
     texts = ("query", "context", "continuation", "chain_of_thought", "answer")
     lists = ("choices", "context_options")
     n = sum(len(row.get(name, "")) for row in rows for name in texts)
     n += sum(len(text) for row in rows for name in lists for text in row.get(name, ()))
-    return n / len(rows) * (1 + task.shots)
+    return 1 + n * (1 + task.shots) // len(rows)
