@@ -9,18 +9,16 @@ from the journal, and their rows are not read again.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
-
-from tqdm import tqdm
 
 from openlm_lite import dist
 from openlm_lite.data.tokenizer import Tokenizer
 from openlm_lite.errors import InputError
+from openlm_lite.eval.progress import Progress
 from openlm_lite.eval.prompts import (
     MAX_SEQ_LEN,
     Data,
@@ -40,8 +38,6 @@ from openlm_lite.eval.scorer import (
 )
 from openlm_lite.eval.scoring import begins_right, chosen, has_stopped, is_finite, is_tie
 from openlm_lite.eval.tasks import Task
-
-log = logging.getLogger(__name__)
 
 MOST_TIES = 0.5
 """share of the rows that may tie; above it the model tells no answer from another"""
@@ -158,7 +154,7 @@ def run_suite(
     dist.on_main(lambda: len(read()))  # bad input is told once
     data = read()
     results = {}
-    bar = _Progress(tasks_here, data, settings, enabled=progress and dist.rank() == 0)
+    bar = Progress(tasks_here, data, settings.limit, enabled=progress and dist.rank() == 0)
     with bar:
         for task in tasks_here:
             bar.begin(task)
@@ -200,7 +196,7 @@ def _run_task(
     data: Data,
     settings: SuiteSettings,
     journal: Journal | None,
-    bar: _Progress,
+    bar: Progress,
 ) -> TaskResult:
     start = time.monotonic()
     asked = list(
@@ -356,64 +352,3 @@ def _result(
         seconds=round(seconds, 3),
         problem=problem,
     )
-
-
-# --- progress ------------------------------------------------------------------------------------
-
-
-class _Progress:
-    """One bar over all tasks. Its unit is a row's text, so that the time left is about right."""
-
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        data: Mapping[str, Data],
-        settings: SuiteSettings,
-        *,
-        enabled: bool,
-    ) -> None:
-        self._rows = {task.label: _rows_asked(data[task.label], settings.limit) for task in tasks}
-        self._weights = {task.label: _row_weight(task, data[task.label]) for task in tasks}
-        total = sum(self._rows[label] * weight for label, weight in self._weights.items())
-        self._bar = tqdm(
-            total=total,
-            disable=not enabled,
-            bar_format="{desc}{percentage:3.0f}%|{bar}| {elapsed} < {remaining}{postfix}",
-            dynamic_ncols=True,
-        )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def begin(self, task: Task) -> None:
-        self._left = self._rows[task.label]
-        self._bar.set_description(task.label, refresh=False)
-        self._bar.set_postfix_str(f"{self._left} rows left")
-
-    def add(self, task: Task, rows: int) -> None:
-        rows = min(rows, self._left)
-        self._left -= rows
-        self._bar.set_postfix_str(f"{self._left} rows left", refresh=False)
-        self._bar.update(rows * self._weights[task.label])
-
-    def skip(self, task: Task) -> None:
-        self.add(task, self._left)
-
-
-def _rows_asked(data: Data, limit: int | None) -> int:
-    return sum(
-        len(rows) if limit is None else min(limit, len(rows)) for rows in data.categories.values()
-    )
-
-
-def _row_weight(task: Task, data: Data) -> int:
-    """Characters that the model reads per row, about."""
-    rows = [row for rows in data.categories.values() for row in rows]
-    texts = ("query", "context", "continuation", "chain_of_thought", "answer")
-    lists = ("choices", "context_options")
-    n = sum(len(row.get(name, "")) for row in rows for name in texts)
-    n += sum(len(text) for row in rows for name in lists for text in row.get(name, ()))
-    return 1 + n * (1 + task.shots) // len(rows)

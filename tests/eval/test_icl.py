@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from openlm_lite import dist
 from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
 from openlm_lite.errors import InputError
-from openlm_lite.eval.icl import Record, SuiteResult, SuiteSettings, run_suite
+from openlm_lite.eval.icl import Record, SuiteResult, SuiteSettings, _own_batches, run_suite
 from openlm_lite.eval.journal import FolderJournal
 from openlm_lite.eval.model_scorer import ModelScorer, _scores
 from openlm_lite.eval.prompts import Example, examples, find_data, read_data
@@ -245,6 +246,28 @@ def test_what_is_too_long_is_cut_on_the_left_and_counted(
     cut = next(examples(OPERATORS, data, tokenizer, max_seq_len=20))
     assert cut.seqs[0].tolist() == whole.seqs[0][-20:].tolist()
     assert cut.trimmed == len(whole.seqs[0]) - 20
+
+
+def test_ranks_share_the_batches_and_keep_step_where_they_have_to(
+    scorer: ModelScorer, tokenizer: Tokenizer, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Example] = []
+    for task in (COPA, OPERATORS):  # with a shared part, and without
+        data = read_data(task, str(data_dir / task.file))
+        asked += examples(task, data, tokenizer, max_seq_len=512)
+    limits = replace(SuiteSettings().batch, sequences=5)
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    for lockstep in (False, True):
+        shares = []
+        for rank in range(4):
+            monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+            either = ModelScorer(scorer.model, lockstep=lockstep)
+            shares.append(list(_own_batches(either, False, asked, limits)))
+        own = [i for share in shares for indices, is_own in share if is_own for i in indices]
+        assert sorted(own) == list(range(len(asked)))
+        kinds = [[len(asked[indices[0]].seqs) for indices, _ in share] for share in shares]
+        if lockstep:  # as many forward passes everywhere, and of the same kind
+            assert all(kind == kinds[0] for kind in kinds)
 
 
 # --- what must not score -------------------------------------------------------------------------
