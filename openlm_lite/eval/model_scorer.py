@@ -183,7 +183,8 @@ class HFScorer:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.max_seq_len = model.config.max_position_embeddings
+        # models with ALiBi (BLOOM) state no length: the suite's own limit holds then
+        self.max_seq_len = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self.vocab_size = model.config.vocab_size
 
     @torch.inference_mode()

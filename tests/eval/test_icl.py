@@ -234,6 +234,30 @@ def test_a_limit_leaves_the_prompts_as_they_are(tokenizer: Tokenizer, data_dir: 
     assert len(every) == 13 and every[0].fewshot_idxs != every[1].fewshot_idxs
 
 
+def test_what_the_tokenizers_file_begins_with_stands_first_once(
+    tokenizer: Tokenizer, data_dir: Path, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    token = {"id": "<|endoftext|>", "ids": [tokenizer.eot_id], "tokens": ["<|endoftext|>"]}
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": token},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with_bos = load_tokenizer(str(tmp_path))
+    assert with_bos.bos_ids == (tokenizer.eot_id,) and tokenizer.bos_ids == ()
+    for task in (COPA, OPERATORS):  # without and with shots
+        data = read_data(task, str(data_dir / task.file))
+        plain = next(examples(task, data, with_bos))
+        framed = next(examples(task, data, with_bos, bos_ids=with_bos.bos_ids))
+        assert framed.seqs[0].tolist() == [tokenizer.eot_id, *plain.seqs[0].tolist()]
+
+
 def test_what_is_too_long_is_cut_on_the_left_and_counted(
     tokenizer: Tokenizer, data_dir: Path
 ) -> None:
