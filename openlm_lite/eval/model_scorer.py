@@ -7,6 +7,8 @@ computed where an answer is predicted and nowhere else::
     question 1   [ shots and question ]  cached      ->  [ answer a | answer b | answer c ]
     question 2   [ shots and question - - ]          ->  [ answer a | answer b - - - - - - ]
 
+Under `no_grad` and not `inference_mode`: FSDP keeps buffers, and training goes on with them.
+
 Shapes: B batch (questions, or sequences), T position, S cached positions, V vocabulary, n tokens
 of answers.
 """
@@ -51,7 +53,7 @@ class ModelScorer:
     def _weight(self) -> Tensor:
         return self.model.embedding.weight
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
         """See `Scorer`."""
         self.model.eval()
@@ -123,7 +125,7 @@ class ModelScorer:
         positions_S = torch.arange(S, device=weight.device)
         return cache, torch.where(positions_S < lengths_B[:, None], positions_S, -1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Tokens],
@@ -187,7 +189,7 @@ class HFScorer:
         self.max_seq_len = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self.vocab_size = model.config.vocab_size
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
         """See `Scorer`."""
         choices = [choice for question in questions for choice in question]
@@ -204,7 +206,7 @@ class HFScorer:
         scores = iter(_scores(logits_nV, choices))
         return [[next(scores) for _ in question] for question in questions]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Tokens],
