@@ -140,9 +140,22 @@ def _parser() -> argparse.ArgumentParser:
     cli_fit.add_verbs(verb)
     cli_eval.add_verbs(verb)
 
-    p = verb("generate", _generate, "continue a prompt")
+    p = verb("generate", _generate, "continue one prompt, as it is made, or many")
     p.add_argument("path", help="run folder, checkpoint or Hugging Face folder")
-    p.add_argument("prompt")
+    p.add_argument("prompts", nargs="*", metavar="PROMPT", help='"" begins a document')
+    p.add_argument(
+        "--prompts-file",
+        metavar="FILE",
+        help='more prompts: one on each line, or of a .jsonl file {"prompt": …}',
+    )
+    p.add_argument("--batch-size", type=int, default=8, help="prompts that are continued together")
+    p.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text (repeatable)",
+    )
     p.add_argument("--max-new-tokens", type=int, default=100)
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     p.add_argument("--top-k", type=int, default=0, help="0: all")
@@ -245,25 +258,39 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from openlm_lite.eval.generate import Sampling, generate_text
+    from openlm_lite.eval.generate import Sampling
+    from openlm_lite.eval.text import generate_texts, read_prompts
 
+    prompts = [*args.prompts, *(read_prompts(args.prompts_file) if args.prompts_file else ())]
     names = [f.name for f in dataclasses.fields(Sampling)]
-    pieces = generate_text(
+    pieces = generate_texts(
         args.path,
-        args.prompt,
+        prompts,
         max_new_tokens=args.max_new_tokens,
         sampling=Sampling(**{name: getattr(args, name) for name in names}),
+        stop=args.stop,
+        batch_size=args.batch_size,
         tokenizer=args.tokenizer,
         device=args.device,
         average=args.average,
     )
-    if args.json:
-        print(json.dumps({"prompt": args.prompt, "text": "".join(pieces)}))
+    if len(prompts) == 1 and not args.json:
+        print(prompts[0], end="", flush=True)
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+        print()
         return 0
-    print(args.prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    found = [{"prompt": prompt, "text": "", "ended": ""} for prompt in prompts]
+    n_shown = 0
+    for number, text, ended in pieces:
+        found[number]["text"] += text
+        found[number]["ended"] = ended
+        while not args.json and n_shown < len(found) and found[n_shown]["ended"]:
+            one = found[n_shown]
+            print(f"--- {n_shown} ({one['ended']})\n{one['prompt']}{one['text']}", flush=True)
+            n_shown += 1
+    if args.json:
+        print(json.dumps(found[0] if len(found) == 1 else {"generations": found}))
     return 0
 
 

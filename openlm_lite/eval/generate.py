@@ -1,15 +1,14 @@
-"""Text from a trained model: ours with a cache of keys and values, or an exported folder.
+"""Token ids from a trained model, a batch of prompts at a time; text.py makes text of them.
 
-    prompt ids --> step --> logits of the next token --> pick --> id --> step --> …
-                    |                                      |
-      our Transformer or transformers' class     one sampler for both
+    prompts' ids --> step --> logits of the next tokens --> pick --> ids --> step --> …
+                      |                                      |
+        our Transformer or transformers' class     one sampler for both
 
-Shapes: B batch (1), T position, V vocab.
+Shapes: B batch, T position, V vocab.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openlm_lite.checkpoint import resolve_checkpoint
-from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
-from openlm_lite.errors import InputError
-from openlm_lite.hf.compare import load_hf
-from openlm_lite.hf.source import find_tokenizer, read_model
+from openlm_lite.errors import InputError, RunError
 from openlm_lite.model.attention import KVCache
 from openlm_lite.model.transformer import Transformer
 
-Step = Callable[[Sequence[int]], Tensor]
-"""Takes the next tokens of one sequence, remembers them, gives the logits [V] behind the last."""
+Step = Callable[[Tensor], Tensor]
+"""Takes the next tokens [B, T] of the sequences, remembers them, gives the logits [B, V] behind."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,11 @@ def filtered_logits(logits_V: Tensor, seen: Iterable[int], sampling: Sampling) -
 
 
 def _pick(logits_V: Tensor, seen: list[int], sampling: Sampling, generator: Any) -> int:
+    if not bool(logits_V.isfinite().all()):
+        raise RunError(
+            f"the model's logits behind token {len(seen)} are not finite: its weights are damaged, "
+            "or its training diverged; look at its loss with `openlm plot`"
+        )
     logits_V = filtered_logits(logits_V, seen, sampling)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
@@ -96,65 +96,102 @@ def _pick(logits_V: Tensor, seen: list[int], sampling: Sampling, generator: Any)
 # --- generating ids ------------------------------------------------------------------------------
 
 
-def cached_steps(model: Transformer, max_len: int) -> Step:
-    """Steps of our model for one sequence of up to `max_len` tokens, with a KV cache."""
+def cached_steps(model: Transformer, batch_size: int, max_len: int) -> Step:
+    """Steps of our model for `batch_size` sequences of up to `max_len` tokens, with a KV cache."""
     weight = model.embedding.weight
-    cache = KVCache(model.cfg, 1, max_len, weight.device, weight.dtype)
+    cache = KVCache(model.cfg, batch_size, max_len, weight.device, weight.dtype)
 
-    def step(tokens: Sequence[int]) -> Tensor:
-        tokens_BT = torch.tensor([list(tokens)], dtype=torch.long, device=weight.device)
-        logits_BTV = model(tokens_BT, cache=cache)
+    def step(tokens_BT: Tensor) -> Tensor:
+        logits_BTV = model(tokens_BT.to(weight.device), cache=cache)
         assert isinstance(logits_BTV, Tensor)
-        return logits_BTV[0, -1]
+        return logits_BTV[:, -1]
 
     return step
 
 
 def stream_ids(
     step: Step,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     sampling: Sampling,
     eot_id: int | None,
-) -> Iterator[int]:
-    """New tokens one by one, until `eot_id` (which is not given out) or `max_new_tokens`."""
-    tokens, fresh = list(prompt), list(prompt)
-    generator = torch.Generator().manual_seed(sampling.seed)
-    for _ in range(max_new_tokens):
+    seeds: Sequence[int] | None = None,
+    stop: Callable[[int, int], bool] = lambda row, token: False,
+) -> Iterator[tuple[int, int]]:
+    """(row, its next new token), until every row has ended.
+
+    A row ends before `eot_id`, after `max_new_tokens`, or behind a token for which
+    `stop(row, token)` holds. `seeds`: one per row (default: sampling.seed for all).
+
+    Prompts of unequal length need no padding: all rows begin together with as many tokens as the
+    shortest prompt has, and a row that has more takes these in place of drawn ones::
+
+        A A A + + + +      A, B, C: the prompts; +: new tokens
+        B B B B B + +      one column per step, but the first three are one
+        C C C C + + +
+    """
+    width = min(map(len, prompts))
+    rows = [list(prompt) for prompt in prompts]
+    ends = [len(prompt) + max_new_tokens for prompt in prompts]
+    own = [sampling.seed] * len(rows) if seeds is None else seeds
+    generators = [torch.Generator().manual_seed(seed) for seed in own]
+    alive = set(range(len(rows)))
+    fresh_BT = torch.tensor([row[:width] for row in rows], dtype=torch.long)
+    while True:
         with torch.inference_mode():  # not around the yield: it would leak to the caller
-            token = _pick(step(fresh), tokens, sampling, generator)
-        if token == eot_id:
+            logits_BV = step(fresh_BT)
+        for i, prompt in enumerate(prompts):
+            if len(prompt) > width or i not in alive:
+                continue
+            with torch.inference_mode():
+                token = _pick(logits_BV[i], rows[i], sampling, generators[i])
+            if token == eot_id:
+                alive.remove(i)
+                continue
+            rows[i].append(token)
+            yield i, token
+            if len(rows[i]) == ends[i] or stop(i, token):
+                alive.remove(i)
+        if not alive:
             return
-        yield token
-        tokens.append(token)
-        fresh = [token]
+        # what has ended goes on with any token: nobody looks at it, and no row sees another
+        fresh_BT = torch.tensor([[row[width] if len(row) > width else row[-1]] for row in rows])
+        width += 1
 
 
 def generate(
     model: Transformer,
-    tokens: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    sampling: Sampling | None = None,
     eot_id: int | None = None,
-    seed: int = 0,
-) -> list[int]:
-    """The continuation of `tokens`, without them and without the end of text.
+    stop: Callable[[int, int], bool] = lambda row, token: False,
+) -> list[list[int]]:
+    """The continuation of each of `prompts`, without it and without the end of text; one batch.
 
-    Raises InputError if the prompt is empty, has ids that the model lacks, or does not fit
-    max_seq_len together with `max_new_tokens`.
+    `stop`: see `stream_ids`. Row i is drawn with the seed sampling.seed + i. Raises InputError if
+    a prompt is empty, has ids that the model lacks, or does not fit max_seq_len together with
+    `max_new_tokens`.
     """
-    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, seed)
-    check_length(tokens, max_new_tokens, model.cfg.max_seq_len, model.cfg.vocab_size)
+    sampling = sampling or Sampling()
+    for prompt in prompts:
+        check_length(prompt, max_new_tokens, model.cfg.max_seq_len, model.cfg.vocab_size)
     model.eval()
-    step = cached_steps(model, len(tokens) + max_new_tokens)
-    return list(
-        stream_ids(step, tokens, max_new_tokens=max_new_tokens, sampling=sampling, eot_id=eot_id)
-    )
+    new: list[list[int]] = [[] for _ in prompts]
+    step = cached_steps(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    for row, token in stream_ids(
+        step,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eot_id=eot_id,
+        seeds=[sampling.seed + i for i in range(len(prompts))],
+        stop=stop,
+    ):
+        new[row].append(token)
+    return new
 
 
 def check_length(
@@ -180,105 +217,3 @@ def check_length(
             f"a prompt of {len(prompt)} tokens and max_new_tokens = {max_new_tokens} are more than "
             f"max_seq_len = {max_seq_len}; ask for at most {max_seq_len - len(prompt)} new tokens"
         )
-
-
-# --- generating text -----------------------------------------------------------------------------
-
-
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text pieces whose sum is `tokenizer.decode(all ids)`, each given out once it is settled.
-
-    A character may be spread over tokens: a piece waits while the text ends in U+FFFD. Decoding
-    starts again at the last settled token, so the work does not grow with the text.
-    """
-    held: list[int] = []  # the tokens before `given` give context to the ones behind
-    given = 0
-    for token in ids:
-        held.append(token)
-        before, now = tokenizer.decode(held[:given]), tokenizer.decode(held)
-        if now.endswith("\N{REPLACEMENT CHARACTER}") or not now.startswith(before):
-            continue
-        if now != before:
-            yield now[len(before) :]
-        held, given = held[given:], len(held) - given
-    if rest := tokenizer.decode(held)[len(tokenizer.decode(held[:given])) :]:
-        yield rest
-
-
-def generate_text(
-    path: str,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    sampling: Sampling | None = None,
-    tokenizer: str | None = None,
-    device: str = "cpu",
-    average: str | None = None,
-) -> Iterator[str]:
-    """The continuation of `prompt`, piece by piece, by the model at `path`.
-
-    `path`: a run's or a checkpoint's folder, or an exported folder (by transformers' own class).
-    `average`: the name of an average in the checkpoint, which is taken in place of the weights.
-    An empty prompt begins a document. Everything is read and checked before this returns.
-    Raises InputError for bad input.
-    """
-    sampling = sampling or Sampling()
-    _check_device(device)
-    exported = os.path.isfile(os.path.join(path, "config.json"))
-    load = _load_exported if exported else _load_ours
-    words, max_seq_len, vocab_size, make_step = load(path, tokenizer, device, average)
-    prompt_ids = [int(i) for i in words.encode(prompt)] or [words.eot_id]
-    check_length(prompt_ids, max_new_tokens, max_seq_len, vocab_size)
-    ids = stream_ids(
-        make_step(len(prompt_ids) + max_new_tokens),
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        eot_id=words.eot_id,
-    )
-    return stream_text(words, ids)
-
-
-Loaded = tuple[Tokenizer, int, int, Callable[[int], Step]]
-"""tokenizer, max_seq_len, vocab_size, and what makes the steps of a sequence of a given length"""
-
-
-def _load_ours(path: str, tokenizer: str | None, device: str, average: str | None) -> Loaded:
-    step_folder = resolve_checkpoint(path)
-    model = read_model(step_folder, average).to(device)
-    words = find_tokenizer(step_folder, tokenizer, model.cfg.vocab_size)
-    return (
-        words,
-        model.cfg.max_seq_len,
-        model.cfg.vocab_size,
-        lambda max_len: cached_steps(model, max_len),
-    )
-
-
-def _load_exported(path: str, tokenizer: str | None, device: str, average: str | None) -> Loaded:
-    if average is not None:
-        raise InputError(f"{path}: is a Hugging Face folder, which has no average {average!r}")
-    words = load_tokenizer(tokenizer or path)
-    model = load_hf(path, "auto").to(device)
-
-    def make_step(_max_len: int) -> Step:
-        past = None
-
-        def step(tokens: Sequence[int]) -> Tensor:
-            nonlocal past
-            tokens_BT = torch.tensor([list(tokens)], dtype=torch.long, device=device)
-            output = model(tokens_BT, past_key_values=past, use_cache=True)
-            past = output.past_key_values
-            return output.logits[0, -1]
-
-        return step
-
-    config = model.config
-    return words, config.max_position_embeddings, config.vocab_size, make_step
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device = {device!r} cannot be used here; try cpu") from e

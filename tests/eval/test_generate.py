@@ -1,25 +1,21 @@
 from __future__ import annotations
 
-from itertools import islice
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from openlm_lite.cli import main
 from openlm_lite.data.tokenizer import Tokenizer
-from openlm_lite.errors import InputError
-from openlm_lite.eval.generate import (
-    Sampling,
-    cached_steps,
-    filtered_logits,
-    generate,
-    generate_text,
-    stream_text,
-)
+from openlm_lite.errors import InputError, RunError
+from openlm_lite.eval.generate import Sampling, cached_steps, filtered_logits, generate
+from openlm_lite.eval.text import TextStream, generate_texts, read_prompts
 from openlm_lite.hf.compare import load_hf
 from openlm_lite.hf.export import export_checkpoint
 from openlm_lite.model.transformer import Transformer
@@ -63,7 +59,7 @@ def test_greedy_generation_equals_without_cache_and_transformers_token_for_token
 ) -> None:
     model = tiny_model(tiny_config(**changes))
     prompt = tokenizer.encode(TEXT[:30]).tolist()
-    ours = generate(model, prompt, max_new_tokens=30)
+    [ours] = generate(model, [prompt], max_new_tokens=30)
     assert ours == greedy_without_cache(model, prompt, 30)
     run = save_tiny_run(tmp_path / "run", model, tokenizer)
     export_checkpoint(str(run), str(tmp_path / "hf"))
@@ -84,25 +80,27 @@ def test_greedy_generation_equals_without_cache_and_transformers_token_for_token
 def test_a_prompt_may_be_given_to_the_cache_in_parts(model: Transformer, split: int) -> None:
     tokens = list(range(1, 21))
     with torch.inference_mode():
-        whole = cached_steps(model, 20)(tokens)
-        step = cached_steps(model, 20)
-        step(tokens[:split])
-        parts = step(tokens[split:])
+        whole = cached_steps(model, 1, 20)(torch.tensor([tokens]))
+        step = cached_steps(model, 1, 20)
+        step(torch.tensor([tokens[:split]]))
+        parts = step(torch.tensor([tokens[split:]]))
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
 def test_a_seed_decides_the_samples(model: Transformer) -> None:
     def draw(seed: int) -> list[int]:
-        return generate(model, [1, 2, 3], max_new_tokens=40, temperature=1.0, seed=seed)
+        sampling = Sampling(temperature=1.0, seed=seed)
+        return generate(model, [[1, 2, 3]], max_new_tokens=40, sampling=sampling)[0]
 
     assert draw(1) == draw(1)
     assert len({tuple(draw(seed)) for seed in range(5)}) == 5
 
 
 def test_generation_ends_at_the_end_of_text_which_is_not_part_of_it(model: Transformer) -> None:
-    free = generate(model, [1, 2, 3], max_new_tokens=20, temperature=1.0, seed=3)
+    sampling = Sampling(temperature=1.0, seed=3)
+    [free] = generate(model, [[1, 2, 3]], max_new_tokens=20, sampling=sampling)
     eot = free[7]
-    stopped = generate(model, [1, 2, 3], max_new_tokens=20, temperature=1.0, seed=3, eot_id=eot)
+    [stopped] = generate(model, [[1, 2, 3]], max_new_tokens=20, sampling=sampling, eot_id=eot)
     assert stopped == free[: free.index(eot)]
 
 
@@ -171,9 +169,9 @@ def test_streamed_pieces_are_whole_characters_and_add_up(text: str, tail: bytes)
     tokenizer = BYTES
     ids = tokenizer.encode(text).tolist()
     ids += [BYTE_IDS[b] for b in tail]
-    pieces = list(stream_text(tokenizer, ids))
+    stream = TextStream(tokenizer)
+    pieces = [stream.feed(i) for i in ids] + [stream.finish()]
     assert "".join(pieces) == tokenizer.decode(ids)
-    assert all(pieces)
     if not tail and "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
 
@@ -188,48 +186,128 @@ BYTE_IDS = [
 
 
 def test_text_streams_before_the_last_token_is_there(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer)
     ids = tokenizer.encode(TEXT).tolist()
-    seen = 0
-
-    def count() -> Any:
-        nonlocal seen
-        for i in ids:
-            seen += 1
-            yield i
-
-    pieces = stream_text(tokenizer, count())
-    assert "".join(islice(pieces, 3)) == tokenizer.decode(ids[:3])
-    assert seen == 3
+    assert [stream.feed(i) for i in ids[:3]] == [tokenizer.decode([i]) for i in ids[:3]]
 
 
-@pytest.fixture
-def run(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
-    return save_tiny_run(tmp_path / "run", model, tokenizer)
+@given(
+    text=st.text("abc", max_size=20),
+    stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_a_text_ends_before_the_stop_string_that_is_complete_first(
+    text: str, stop: list[str]
+) -> None:
+    stream, shown = TextStream(BYTES, stop), ""
+    for n, i in enumerate(BYTES.encode(text).tolist()):
+        shown += stream.feed(i)
+        assert text.startswith(shown)
+        seen = BYTES.decode(BYTES.encode(text).tolist()[: n + 1])
+        assert stream.stopped == any(s in seen for s in stop)
+        if stream.stopped:
+            assert shown == seen[: min(seen.find(s) for s in stop if s in seen)]
+            assert stream.finish() == "" and stream.feed(1) == ""
+            return
+    assert shown + stream.finish() == text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model: Transformer, tokenizer: Tokenizer) -> Path:
+    return save_tiny_run(tmp_path_factory.mktemp("text") / "run", model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def hf(run: Path) -> Path:
+    export_checkpoint(str(run), str(run.parent / "hf"))
+    return run.parent / "hf"
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.2, 0.8, 20, 0.9, seed=5)])
 def test_a_run_and_its_export_write_the_same_text(
-    run: Path, model: Transformer, tokenizer: Tokenizer, tmp_path: Path, sampling: Sampling
+    run: Path, model: Transformer, tokenizer: Tokenizer, hf: Path, sampling: Sampling
 ) -> None:
-    export_checkpoint(str(run), str(tmp_path / "hf"))
     for prompt in ("A small", ""):
         texts = {
-            "".join(generate_text(str(path), prompt, max_new_tokens=20, sampling=sampling))
-            for path in (run, run / "checkpoints", tmp_path / "hf")
+            texts_of(str(path), [prompt], max_new_tokens=20, sampling=sampling)[0]
+            for path in (run, run / "checkpoints", hf)
         }
         ids = tokenizer.encode(prompt).tolist() or [tokenizer.eot_id]
-        expected = generate(
-            model,
-            ids,
-            max_new_tokens=20,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            eot_id=tokenizer.eot_id,
-            seed=sampling.seed,
+        [expected] = generate(
+            model, [ids], max_new_tokens=20, sampling=sampling, eot_id=tokenizer.eot_id
         )
         assert texts == {tokenizer.decode(expected)}
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def texts_of(path: str, prompts: list[str], **how: Any) -> list[str]:
+    texts = [""] * len(prompts)
+    for number, text, _ in generate_texts(path, prompts, **how):
+        texts[number] += text
+    return texts
+
+
+PROMPTS = ["A small tokenizer, for", "A", "", "it was trained on a small text, again", "small"]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.2, 0.8, 20, 0.9, seed=5)])
+def test_a_prompt_in_a_batch_gets_the_text_that_it_gets_alone(
+    run: Path, hf: Path, sampling: Sampling
+) -> None:
+    alone = []
+    for i, prompt in enumerate(PROMPTS):
+        own = replace(sampling, seed=sampling.seed + i)
+        alone += texts_of(str(run), [prompt], max_new_tokens=20, sampling=own)
+    how: dict[str, Any] = {"max_new_tokens": 20, "sampling": sampling}
+    for path, batch_size in ((run, 2), (hf, 5)):
+        assert texts_of(str(path), PROMPTS, batch_size=batch_size, **how) == alone
+
+
+@settings(max_examples=15)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 319), min_size=1, max_size=12), min_size=1, max_size=4)
+)
+def test_rows_of_unequal_length_are_continued_as_each_alone(prompts: list[list[int]]) -> None:
+    model = tiny_model(tiny_config(positions="alibi", qk_norm="none"))
+    together = generate(model, prompts, max_new_tokens=6)
+    assert together == [generate(model, [one], max_new_tokens=6)[0] for one in prompts]
+
+
+def test_stop_strings_cut_the_text_where_transformers_stops(run: Path, hf: Path) -> None:
+    from transformers import AutoTokenizer
+
+    [free] = texts_of(str(run), ["A small"], max_new_tokens=30)
+    stop = free[9:12]
+    pieces = list(generate_texts(str(run), ["A small"], max_new_tokens=30, stop=[stop, "never"]))
+    assert pieces[-1].ended == "stop string"
+    ours = "".join(piece.text for piece in pieces)
+    assert ours == free[: free.index(stop)]
+    words = AutoTokenizer.from_pretrained(hf)
+    ids = words("A small", return_tensors="pt")
+    theirs = load_hf(str(hf), torch.float32).generate(
+        **ids, max_new_tokens=30, do_sample=False, stop_strings=[stop], tokenizer=words
+    )
+    text = words.decode(theirs[0, ids["input_ids"].shape[1] :])
+    assert text.startswith(ours + stop)
+
+
+def test_the_command_streams_one_prompt_and_numbers_many(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = texts_of(str(run), PROMPTS[:2], max_new_tokens=9)
+    greedy = ["--max-new-tokens", "9", "--temperature", "0"]
+    assert main(["generate", str(run), PROMPTS[0], *greedy]) == 0
+    assert capsys.readouterr().out == PROMPTS[0] + alone[0] + "\n"
+    file = tmp_path / "prompts.txt"
+    file.write_text(PROMPTS[0] + "\n\n" + PROMPTS[1] + "\n")
+    assert main(["generate", str(run), "--prompts-file", str(file), *greedy]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index(f"--- 0 (length)\n{PROMPTS[0]}{alone[0]}\n") == 0
+    assert f"--- 1 (length)\n{PROMPTS[1]}{alone[1]}\n" in shown
+    assert main(["generate", str(run), PROMPTS[0], PROMPTS[1], *greedy, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["generations"]
+    assert [one["text"] for one in found] == alone
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -245,27 +323,38 @@ def test_lengths_that_do_not_fit_are_refused(model: Transformer) -> None:
         ([-1], 5, "knows 0 to 319"),
     ):
         with pytest.raises(InputError, match=message):
-            generate(model, prompt, max_new_tokens=count)
-    assert len(generate(model, [1] * 60, max_new_tokens=4)) == 4
+            generate(model, [[1, 2], prompt], max_new_tokens=count)
+    assert len(generate(model, [[1] * 60], max_new_tokens=4)[0]) == 4
 
 
 def test_generating_text_checks_everything_before_the_first_piece(
     run: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="found nothing"):
-        generate_text(str(tmp_path / "none"), "A")
+        generate_texts(str(tmp_path / "none"), ["A"])
     with pytest.raises(InputError, match="max_seq_len = 64"):
-        generate_text(str(run), TEXT * 10)
+        generate_texts(str(run), [TEXT * 10])
     with pytest.raises(InputError, match="device = 'abacus'"):
-        generate_text(str(run), "A", device="abacus")
-    (run / "tokenizer.json").unlink()
+        generate_texts(str(run), ["A"], device="abacus")
+    with pytest.raises(InputError, match=r"prompt 1, 'A small.*at most 63"):
+        generate_texts(str(run), ["A", TEXT * 10], max_new_tokens=5)
+    for how, message in (
+        ({"stop": [""]}, "a stop string is empty"),
+        ({"batch_size": 0}, "batch_size = 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            generate_texts(str(run), ["A"], max_new_tokens=5, **how)
+    with pytest.raises(InputError, match="no prompts"):
+        generate_texts(str(run), [])
+    bare = tmp_path / "bare" / "checkpoints"
+    shutil.copytree(run / "checkpoints", bare)
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
-        generate_text(str(run), "A", max_new_tokens=5)
+        generate_texts(str(bare), ["A"], max_new_tokens=5)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
-        generate_text(str(broken), "A", max_new_tokens=5)
+        generate_texts(str(broken), ["A"], max_new_tokens=5)
 
 
 def test_an_exported_folder_with_foreign_code_is_not_run(
@@ -278,9 +367,29 @@ def test_an_exported_folder_with_foreign_code_is_not_run(
     )
     (tmp_path / "code.py").write_text("raise SystemExit('this ran')\n")
     with pytest.raises(InputError, match="transformers cannot load"):
-        generate_text(str(tmp_path), "A", max_new_tokens=5)
+        generate_texts(str(tmp_path), ["A"], max_new_tokens=5)
 
 
-def test_prompts_may_be_numpy_ids(model: Transformer) -> None:
-    prompt = np.array([1, 2, 3], dtype=np.uint32)
-    assert generate(model, prompt.tolist(), max_new_tokens=3)
+def test_a_file_of_prompts_says_which_line_is_none(tmp_path: Path) -> None:
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"prompt": "A\\nsmall"}\n\n{"prompt": "", "id": 3}\n')
+    assert read_prompts(str(good)) == ["A\nsmall", ""]
+    bad = tmp_path / "bad.jsonl"
+    for line in ('{"text": "A"}', "A small", '{"prompt": 3}', "[" * 99):
+        bad.write_text('{"prompt": "A"}\n' + line + "\n")
+        with pytest.raises(InputError, match=r"bad\.jsonl:2: is no object"):
+            read_prompts(str(bad))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(InputError, match="holds no prompts"):
+        read_prompts(str(tmp_path / "empty.txt"))
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_prompts(str(tmp_path / "bytes.txt"))
+
+
+def test_logits_that_are_not_finite_give_no_text(model: Transformer) -> None:
+    broken = tiny_model(tiny_config())
+    with torch.no_grad():
+        broken.norm.weight.fill_(float("nan"))  # pyright: ignore
+    with pytest.raises(RunError, match="behind token 2 are not finite"):
+        generate(broken, [[1, 2]], max_new_tokens=3)

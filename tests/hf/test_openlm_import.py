@@ -87,7 +87,7 @@ def test_a_hugging_face_folder_of_openlm_gives_its_logits_and_its_text(
     with torch.no_grad():
         assert (model(reference["inputs"]) - reference["logits"]).abs().max() <= TOLERANCE
     prompt, whole = (reference[k].flatten().tolist() for k in ("greedy_prompt", "greedy_24"))
-    assert prompt + generate(model, prompt, max_new_tokens=24) == whole
+    assert prompt + generate(model, [prompt], max_new_tokens=24)[0] == whole
 
 
 def test_the_trainers_checkpoint_needs_only_its_sizes(openlm: Path, tmp_path: Path) -> None:

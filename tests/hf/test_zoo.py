@@ -164,7 +164,7 @@ def test_text_is_the_same_here_and_there_with_and_without_cache(
     source = open_source(str(run))
     model = build_model(source.cfg, source.weights)
     prompt = [5, 17, 200, 3]
-    cached = generate(model, prompt, max_new_tokens=12)
+    cached = generate(model, [prompt], max_new_tokens=12)[0]
     tokens = list(prompt)
     for _ in range(12):
         with torch.no_grad():
