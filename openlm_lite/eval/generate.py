@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from openlm_lite.errors import InputError, RunError
@@ -96,15 +97,31 @@ def _pick(logits_V: Tensor, seen: list[int], sampling: Sampling, generator: Any)
 # --- generating ids ------------------------------------------------------------------------------
 
 
-def cached_steps(model: Transformer, batch_size: int, max_len: int) -> Step:
-    """Steps of our model for `batch_size` sequences of up to `max_len` tokens, with a KV cache."""
+def cached_steps(
+    model: Transformer,
+    batch_size: int,
+    max_len: int,
+    *,
+    dtype: torch.dtype | None = None,
+    shared: bool = False,
+) -> Step:
+    """Steps of our model for `batch_size` sequences of up to `max_len` tokens, with a KV cache.
+
+    dtype: of keys and values, where FSDP computes in another one than the weights have. shared: all
+    ranks do the same steps, on a model that they hold together; rank 0's logits are everybody's, so
+    that no rounding lets one draw another token.
+    """
     weight = model.embedding.weight
-    cache = KVCache(model.cfg, batch_size, max_len, weight.device, weight.dtype)
+    cache = KVCache(model.cfg, batch_size, max_len, weight.device, dtype or weight.dtype)
 
     def step(tokens_BT: Tensor) -> Tensor:
-        logits_BTV = model(tokens_BT.to(weight.device), cache=cache)
-        assert isinstance(logits_BTV, Tensor)
-        return logits_BTV[:, -1]
+        B, T = tokens_BT.shape
+        last = torch.arange(T - 1, B * T, T, device=weight.device)
+        logits_BV = model(tokens_BT.to(weight.device), cache=cache, logits_at=last)
+        assert isinstance(logits_BV, Tensor)
+        if shared:
+            torch.distributed.broadcast(logits_BV, 0)
+        return logits_BV
 
     return step
 
@@ -139,19 +156,19 @@ def stream_ids(
     alive = set(range(len(rows)))
     fresh_BT = torch.tensor([row[:width] for row in rows], dtype=torch.long)
     while True:
-        with torch.inference_mode():  # not around the yield: it would leak to the caller
+        with torch.no_grad():  # not around the yield; not inference_mode: FSDP keeps tensors
             logits_BV = step(fresh_BT)
         for i, prompt in enumerate(prompts):
             if len(prompt) > width or i not in alive:
                 continue
-            with torch.inference_mode():
+            with torch.no_grad():
                 token = _pick(logits_BV[i], rows[i], sampling, generators[i])
             if token == eot_id:
                 alive.remove(i)
                 continue
             rows[i].append(token)
             yield i, token
-            if len(rows[i]) == ends[i] or stop(i, token):
+            if stop(i, token) or len(rows[i]) == ends[i]:
                 alive.remove(i)
         if not alive:
             return
