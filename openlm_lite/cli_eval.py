@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from openlm_lite.cli_data import AddVerb
@@ -13,13 +14,20 @@ from openlm_lite.errors import InputError
 
 _OF_SUITE = ("limit", "max_seq_len", "no_bos", "batch_size", "batch_tokens")
 _OF_MODEL = ("average", "device", "dtype", "backend", "out")
+_OF_TEXT = ("perplexity", "stride", "tokens", "text_field", "bootstrap")
+_OF_AIW = ("aiw_form", "aiw_trials", "aiw_drawn", "aiw_temperature", "aiw_seed")
+_OTHERS = (*_OF_TEXT, *_OF_AIW)
 
 
 def add_verbs(verb: AddVerb) -> None:
     """Add the words of `eval` to the parser."""
     p = verb("eval", _eval, "score a model on DCLM's tasks; means, prompts and tables of scores")
     p.add_argument("model", nargs="?", help="run folder, checkpoint or Hugging Face folder")
-    p.add_argument("--suite", metavar="NAMES", help="core, extended, or tasks, by commas")
+    p.add_argument(
+        "--suite",
+        metavar="NAMES",
+        help="core, extended, aiw, tasks, by commas; last lm-eval:TASK,…",
+    )
     p.add_argument("--data", metavar="DIR", help="the folder that holds local_data/")
     p.add_argument("--limit", type=int, metavar="N", help="rows of every task")
     p.add_argument("--out", metavar="DIR", help="keep records there, and go on from them")
@@ -32,6 +40,7 @@ def add_verbs(verb: AddVerb) -> None:
         choices=["auto", "openlm", "transformers"],
         help="whose class computes; auto: ours where it can hold the model",
     )
+    _add_others(p)
     p.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of a prompt (2048)")
     p.add_argument("--no-bos", action="store_true", help="without what the tokenizer begins with")
     p.add_argument("--batch-size", type=int, metavar="N", help="sequences of a batch (32)")
@@ -44,21 +53,66 @@ def add_verbs(verb: AddVerb) -> None:
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
+def _add_others(p: argparse.ArgumentParser) -> None:
+    text = p.add_argument_group("held-out text")
+    text.add_argument(
+        "--perplexity",
+        nargs="+",
+        metavar="[NAME=]PATH",
+        help="token shards, or text: a file, a folder, a glob",
+    )
+    text.add_argument("--stride", type=int, metavar="N", help="tokens that windows move by")
+    text.add_argument("--tokens", type=int, metavar="N", help="of each source (all)")
+    text.add_argument("--text-field", metavar="NAME", help="of JSON lines and parquet (text)")
+    text.add_argument("--bootstrap", type=int, metavar="N", help="resamples (10000); 0: none")
+    aiw = p.add_argument_group("the suite aiw")
+    aiw.add_argument(
+        "--aiw-form",
+        choices=["base", "standard", "thinking", "restricted"],
+        help="base (default); the others need the paper's prompts in --data",
+    )
+    aiw.add_argument("--aiw-trials", type=int, metavar="N", help="texts per question (60)")
+    aiw.add_argument("--aiw-drawn", type=int, metavar="N", help="questions besides the 6 (20)")
+    aiw.add_argument("--aiw-temperature", type=float, metavar="T", help="of sampling (0.7)")
+    aiw.add_argument("--aiw-seed", type=int, metavar="N", help="of questions and texts (0)")
+
+
 def _eval(args: argparse.Namespace) -> int:
     if args.aggregate is not None:
-        _refuse(args, "--aggregate", "model", "suite", "data", "tokenizer", *_OF_SUITE, *_OF_MODEL)
+        _refuse(
+            args,
+            "--aggregate",
+            "model",
+            "suite",
+            "data",
+            "tokenizer",
+            *_OF_SUITE,
+            *_OF_MODEL,
+            *_OTHERS,
+        )
         return _aggregate(args)
     if args.dump_prompts is not None:
-        _refuse(args, "--dump-prompts", "model", "suite", "batch_size", "batch_tokens", *_OF_MODEL)
+        _refuse(
+            args,
+            "--dump-prompts",
+            "model",
+            "suite",
+            "batch_size",
+            "batch_tokens",
+            *_OF_MODEL,
+            *_OTHERS,
+        )
         return _dump_prompts(args)
     if args.table is not None:
-        _refuse(args, "--table", "model", "suite", "data", "tokenizer", *_OF_SUITE, *_OF_MODEL)
+        _refuse(
+            args, "--table", "model", "suite", "data", "tokenizer", *_OF_SUITE, *_OF_MODEL, *_OTHERS
+        )
         return _table(args)
     return _suite(args)
 
 
 def _refuse(args: argparse.Namespace, mode: str, *names: str) -> None:
-    given = [name for name in names if vars(args)[name]]
+    given = [name for name in names if vars(args)[name] not in (None, False)]
     if given:
         flags = ["MODEL" if n == "model" else "--" + n.replace("_", "-") for n in given]
         raise InputError(f"{', '.join(flags)}: not with {mode}")
@@ -84,19 +138,59 @@ def _suite_settings(args: argparse.Namespace) -> Any:
     )
 
 
+def _perplexity_config(args: argparse.Namespace) -> Any:
+    from openlm_lite.eval.perplexity import PerplexityConfig
+
+    names = {"seq_len": "max_seq_len", "stride": "stride", "max_tokens": "tokens"}
+    names |= {"batch_size": "batch_size", "text_field": "text_field", "bootstrap": "bootstrap"}
+    given = {field: vars(args)[word] for field, word in names.items()}
+    return PerplexityConfig(**{field: value for field, value in given.items() if value is not None})
+
+
+def _aiw_config(args: argparse.Namespace) -> Any:
+    from openlm_lite.eval.aiw import AIWConfig
+
+    given = {word.removeprefix("aiw_"): vars(args)[word] for word in _OF_AIW}
+    if given["temperature"] == 0 and given["trials"] is None:
+        given["trials"] = 1  # the likeliest text is one
+    return AIWConfig(**{field: value for field, value in given.items() if value is not None})
+
+
+def _sources(words: Sequence[str]) -> dict[str, str]:
+    """`NAME=PATH` words, or a path that is its own name."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or "/" in name:  # a path may have an =
+            name = path = word
+        if not name or not path:
+            raise InputError(f"--perplexity {word}: must be PATH or NAME=PATH")
+        if name in found:
+            raise InputError(f"--perplexity {word}: {name} is given twice; name one of them NAME=…")
+        found[name] = path
+    return found
+
+
 def _suite(args: argparse.Namespace) -> int:
-    _need(args, "an evaluation", "model", "suite", "data")
+    if args.perplexity is None:
+        _need(args, "an evaluation", "model", "suite")
+    _need(args, "--perplexity", "model")
+    if args.suite is None or "aiw" not in args.suite:
+        _refuse(args, "a suite without aiw", *_OF_AIW)
+    if args.perplexity is None:
+        _refuse(args, "an evaluation without --perplexity", *_OF_TEXT)
     from openlm_lite import log
     from openlm_lite.eval.evaluate import EvalRequest, evaluate
 
     log.setup_console()
-    given = {name: vars(args)[name] for name in ("tokenizer", *_OF_MODEL)}
+    given = {name: vars(args)[name] for name in ("suite", "data", "tokenizer", *_OF_MODEL)}
     result = evaluate(
         EvalRequest(
             path=args.model,
-            suite=args.suite,
-            data=args.data,
             settings=_suite_settings(args),
+            texts=_sources(args.perplexity or ()),
+            perplexity=_perplexity_config(args),
+            aiw=_aiw_config(args),
             **{name: value for name, value in given.items() if value is not None},
         )
     )
@@ -104,7 +198,13 @@ def _suite(args: argparse.Namespace) -> int:
         return 0
     baselines = args.baselines or "v2"
     result |= {"baselines": baselines, **result["aggregates"][baselines]}
-    print(json.dumps(result) if args.json else "\n".join(_result_lines(result)))
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    from openlm_lite.eval.measures import lines_of
+
+    asked_tasks = result["tasks"] or result["missing"]
+    print("\n".join([*(_result_lines(result) if asked_tasks else ()), *lines_of(result)]))
     return 0
 
 

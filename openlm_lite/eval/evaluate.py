@@ -12,9 +12,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -25,11 +25,15 @@ from openlm_lite.commit import crc32_of_file
 from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
 from openlm_lite.errors import InputError
 from openlm_lite.eval.aggregate import aggregate
+from openlm_lite.eval.aiw import AIWConfig, check_aiw
+from openlm_lite.eval.held_out import check_source
 from openlm_lite.eval.icl import SuiteResult, SuiteSettings, find_files, run_suite
 from openlm_lite.eval.journal import FolderJournal
+from openlm_lite.eval.measures import AIW, Measures, Words, measure_all, words_of
 from openlm_lite.eval.model_scorer import HFScorer, ModelScorer
+from openlm_lite.eval.perplexity import PerplexityConfig
 from openlm_lite.eval.prompts import Data, examples, find_data, read_data
-from openlm_lite.eval.tasks import Task, task_named, tasks_of
+from openlm_lite.eval.tasks import Task, task_named
 from openlm_lite.hf.compare import load_hf
 from openlm_lite.hf.source import Source, build_model, find_tokenizer, open_source
 from openlm_lite.storage import write_json
@@ -45,8 +49,9 @@ class EvalRequest:
     """What `openlm eval` was asked."""
 
     path: str
-    suite: str
-    data: str
+    suite: str = ""
+    """words (`measures.words_of`); empty: held-out text alone"""
+    data: str | None = None
     settings: SuiteSettings = field(default_factory=SuiteSettings)
     average: str | None = None
     tokenizer: str | None = None
@@ -56,6 +61,10 @@ class EvalRequest:
     """auto: our model, also for a Hugging Face folder whose architecture it can hold exactly"""
     out: str | None = None
     """the folder to keep records in; None: nothing is kept, and nothing can go on"""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """held-out text: name -> path"""
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    aiw: AIWConfig = field(default_factory=AIWConfig)
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,17 @@ def evaluate(request: EvalRequest) -> dict[str, Any]:
     Collective: under torchrun every rank holds the model and takes its share of the rows.
     Raises InputError for bad input, before anything is written.
     """
-    tasks = tasks_of(request.suite)
-    find_files(tasks, request.data)  # before a large model is loaded
+    words = words_of(request.suite) if request.suite else Words((), False, ())
+    if words.tasks:  # before a large model is loaded
+        if request.data is None:
+            raise InputError(
+                f"{words.tasks[0].label}: needs its data; name the folder that holds local_data/ "
+                "(--data)"
+            )
+        find_files(words.tasks, request.data)
     began = time.monotonic()
     loaded = load_model(request)  # before the ranks meet: what is wrong is told once
+    _check_others(request, loaded, words)
     world = dist.init(request.device)
     try:
         loaded.scorer.model.to(world.device)
@@ -93,16 +109,62 @@ def evaluate(request: EvalRequest) -> dict[str, Any]:
         }
         journal = None if request.out is None else FolderJournal(request.out, identity)
         with journal or nullcontext():
-            suite = run_suite(
-                loaded.scorer, loaded.tokenizer, tasks, request.data, settings, journal=journal
-            )
-            result = _result(request, loaded, identity, suite, time.monotonic() - began)
+            suite = SuiteResult({}, {})
+            if words.tasks and request.data is not None:
+                suite = run_suite(
+                    loaded.scorer,
+                    loaded.tokenizer,
+                    words.tasks,
+                    request.data,
+                    settings,
+                    journal=journal,
+                )
+            others = _others(request, loaded, words)
+            result = _result(request, loaded, identity, suite, time.monotonic() - began) | others
             result["settings"] |= {"device": str(world.device), "ranks": dist.world_size()}
             if journal is not None:
                 dist.on_main(lambda: write_json(os.path.join(journal.path, "result.json"), result))
         return result
     finally:
         dist.close()
+
+
+def _check_others(request: EvalRequest, loaded: Loaded, words: Words) -> None:
+    """Raises InputError where something else than DCLM's tasks is asked that cannot be had."""
+    if not (words.aiw or words.harness or request.texts):
+        return
+    if not isinstance(loaded.scorer, ModelScorer):
+        raise InputError(
+            f"{request.path}: only DCLM's tasks can be asked of transformers' class; aiw, lm-eval: "
+            "and --perplexity need our model (--backend openlm), which cannot hold this one: "
+            f"{loaded.facts['why_not_ours'] or 'transformers was asked for'}"
+        )
+    if words.aiw:
+        scorer = loaded.scorer
+        check_aiw(
+            loaded.tokenizer,
+            request.aiw,
+            request.data or "",
+            scorer.max_seq_len,
+            scorer.vocab_size,
+        )
+    for path in request.texts.values():
+        check_source(path)
+
+
+def _others(request: EvalRequest, loaded: Loaded, words: Words) -> dict[str, Any]:
+    """AIW, lm-eval and held-out text."""
+    if not isinstance(loaded.scorer, ModelScorer):  # `_check_others`: then none is wanted
+        return {}
+    wanted = Measures(
+        words=replace(words, tasks=()),
+        data=request.data or "",
+        suite=request.settings,
+        aiw=request.aiw,
+        texts=request.texts,
+        perplexity=request.perplexity,
+    )
+    return measure_all(loaded.scorer, loaded.tokenizer, wanted)
 
 
 def _result(
@@ -142,7 +204,9 @@ def _result(
             **dataclasses.asdict(request.settings),
             **identity,
             "tokenizer_name": loaded.tokenizer.name,
-            "data": os.path.abspath(request.data),
+            "data": None if request.data is None else os.path.abspath(request.data),
+            **({"aiw": dataclasses.asdict(request.aiw)} if AIW in request.suite else {}),
+            **({"perplexity": dataclasses.asdict(request.perplexity)} if request.texts else {}),
         },
         "versions": {**versions, "python": platform.python_version()},
         "command": sys.argv,
