@@ -32,7 +32,7 @@ from openlm_lite.model.transformer import Transformer
 from openlm_lite.recompute import Recomputation, recomputed
 from openlm_lite.tensor_parallel import cut_matrices
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,8 @@ def take_part_of_rows(model: Transformer, layout: Layout) -> None:
 def shard(model: Transformer, layout: Layout, cfg: ParallelConfig) -> None:
     """FSDP2, or HSDP where there are copies: one unit for each block, one for all the rest."""
     policy = MixedPrecisionPolicy(
-        param_dtype=_DTYPES[cfg.precision],
-        reduce_dtype=_DTYPES[cfg.reduce_dtype],
+        param_dtype=DTYPES[cfg.precision],
+        reduce_dtype=DTYPES[cfg.reduce_dtype],
         # A block's inputs are the residual stream, in param_dtype since the embedding, and the
         # rotary tables, which have to stay fp32.
         cast_forward_inputs=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from openlm_lite.redact import redacted_tree
 from openlm_lite.run import RunConfig
 from openlm_lite.saver import Saved
 from openlm_lite.telemetry import Telemetry
+
+_SHOWN = 6  # scores in a line for people
 
 
 def every(n: int, step: int) -> bool:
@@ -62,6 +64,7 @@ class Sinks:
         self.seconds_per_token = 0.0
         self.file: log.MetricsFile | None = None
         self.telemetry: Telemetry | None = None
+        self.told: set[tuple[str, str]] = set()  # what was said of tasks without a score
         self.left_out: list[dict[str, Any]] = []  # records of this process
 
     def open(self, resume_step: int) -> None:
@@ -211,3 +214,23 @@ class Sinks:
     def validation(self, state: TrainState, name: str, loss: float) -> None:
         self.record({"step": state.step, "tokens": state.tokens, f"val/{name}/loss": loss})
         self.say(f"step {state.step}: val/{name}/loss {loss:.4f}")
+
+    def evaluation(
+        self,
+        state: TrainState,
+        found: Mapping[str, float],
+        problems: Mapping[str, str],
+        average: str = "",
+    ) -> None:
+        """Scores of tasks. An average's name stands before the last part of a metric's."""
+        if average:
+            parts = {name: name.rpartition("/") for name in found}
+            found = {f"{a}/{average}/{b}": found[name] for name, (a, _, b) in parts.items()}
+        self.record({"step": state.step, "tokens": state.tokens, **found})
+        shown = [f"{name} {value:.4f}" for name, value in found.items()]
+        more = f", {len(shown) - _SHOWN} more in metrics.jsonl" if len(shown) > _SHOWN else ""
+        self.say(f"step {state.step}: {', '.join(shown[:_SHOWN]) or 'no score'}{more}")
+        for task, why in problems.items():
+            if (task, why) not in self.told:  # a long run says it once
+                self.told.add((task, why))
+                self.say(f"step {state.step}: no score of {task}: {why}")

@@ -46,7 +46,9 @@ from openlm_lite.data.sources import (
 from openlm_lite.data.stream import Batch, TokenStream, train_batches, val_batches
 from openlm_lite.dist import World
 from openlm_lite.errors import InputError, RunError, SharedError
+from openlm_lite.eval.during import TaskEval
 from openlm_lite.eval.loss import validation_loss
+from openlm_lite.eval.measures import metrics_of, problems_of
 from openlm_lite.float8 import check_float8
 from openlm_lite.guard import Guard
 from openlm_lite.hf.source import Source, tokenizer_documents
@@ -56,7 +58,7 @@ from openlm_lite.model.loss import LossConfig
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
 from openlm_lite.optim.schedule import lr_at
-from openlm_lite.parallel import build_sharded_model, set_gradient_sync
+from openlm_lite.parallel import DTYPES, build_sharded_model, set_gradient_sync
 from openlm_lite.remote_lock import lost_message
 from openlm_lite.run import RunConfig
 from openlm_lite.run_folder import mark_stopped, run_folder
@@ -82,6 +84,9 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
     check_float8(cfg.parallel.float8, cfg.run.device)
     train_sets, val_sets = open_sources(cfg.data, cfg.model.vocab_size)
     stream = open_stream(cfg.data, train_sets, cfg.tokens_at(cfg.steps))
+    tasks = TaskEval(
+        cfg.eval.tasks, cfg.model, next(iter(train_sets.values())).folder, tuple(val_sets)
+    )
     folder = Path(cfg.run.dir).expanduser()
     source = open_init_source(
         cfg.model.init_from, cfg.model.architecture, folder, cfg.checkpoint.dir
@@ -97,7 +102,7 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
         world = dist.init(cfg.run.device, cfg.watchdog.group_seconds)
         place = at_end.enter_context(run_folder(cfg, folder, stream, allow_change))
         watchdog.stacks_folder = folder
-        loop = Loop(cfg, folder, place, stream, val_sets, world, stop, watchdog)
+        loop = Loop(cfg, folder, place, stream, val_sets, tasks, world, stop, watchdog)
         at_end.callback(loop.close)
         loop.begin(source, allow_change)
         del source  # and with it what it has open
@@ -114,12 +119,13 @@ class Loop:
         place: Place,
         stream: TokenStream,
         val_sets: Mapping[str, Dataset],
+        tasks: TaskEval,
         world: World,
         stop: StopRequest,
         watchdog: Watchdog,
     ) -> None:
         self.cfg, self.folder, self.place, self.world = cfg, folder, place, world
-        self.stream, self.val_sets = stream, val_sets
+        self.stream, self.val_sets, self.tasks = stream, val_sets, tasks
         self.stop, self.watchdog = stop, watchdog
         self.schedule = cfg.schedule_in_steps
         self.layout = build_layout(cfg.parallel, world)
@@ -178,14 +184,16 @@ class Loop:
         """Step until the end or a stop; returns the exit code."""
         cfg, sinks = self.cfg, self.sinks
         while self.state.step < cfg.steps:
-            before = self.state.step
+            before = self.state
             stop_wanted = self.step()
             sinks.saved(self.saver.finished())
-            if self.state.step <= before:
+            if self.state.step <= before.step:
                 continue  # left out, or gone back; a request to stop waits for the next step
             done = self.state.step == cfg.steps
             if done or every(cfg.eval.every_steps, self.state.step):
                 self.validate()
+            if self.tasks.due(self.state.step, before.tokens, self.state.tokens, done):
+                self.evaluate()
             if done or stop_wanted or every(cfg.checkpoint.every_steps, self.state.step):
                 self.save(must_succeed=done or stop_wanted)
             if stop_wanted and not done:
@@ -326,6 +334,24 @@ class Loop:
                 watched = self.watchdog.each(batches)
                 loss = validation_loss(self.model, watched, self.world.device)
             self.sinks.validation(self.state, name + suffix, loss)
+
+    def evaluate(self) -> None:
+        """The tasks of eval.tasks, of the weights and of their averages."""
+        self.evaluate_weights()
+        for average in self.averages.updated if self.cfg.eval.tasks.averages else ():
+            with self.averages.in_place(average):
+                self.evaluate_weights(average)
+
+    def evaluate_weights(self, average: str = "") -> None:
+        """The scores of the weights in place. A model that has none does not end the run."""
+        dtype = DTYPES[self.cfg.parallel.precision]
+        with self.watchdog.watch("validation"):
+            try:
+                found = self.tasks.measure(self.model, dtype, self.watchdog.beat)
+            except RunError as e:  # all ranks alike
+                self.sinks.say(f"step {self.state.step}: no scores: {e}")
+                return
+        self.sinks.evaluation(self.state, metrics_of(found), problems_of(found), average)
 
     def batches_from_here(self) -> Generator[Batch]:
         """This rank's batches from the next sample on, of the size of the next step."""

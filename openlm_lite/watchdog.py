@@ -163,8 +163,12 @@ class Watchdog:
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """The items; the limit of the present phase holds from one to the next."""
         for item in items:
-            self._phase = self._phase._replace(since=time.monotonic())
+            self.beat()
             yield item
+        self.beat()
+
+    def beat(self) -> None:
+        """The limit of the present phase holds from here on."""
         self._phase = self._phase._replace(since=time.monotonic())
 
     def watch_background(self, saving: Callable[[], float]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from openlm_lite.data.stream import Batch
 from openlm_lite.errors import InputError
+from openlm_lite.eval.during import TaskEvalConfig
 from openlm_lite.model.transformer import Transformer
 
 
@@ -21,6 +22,7 @@ class EvalConfig:
     """also before the first and after the last step; 0: only those two"""
     tokens: int = 1_000_000
     """of each source, from its start"""
+    tasks: TaskEvalConfig = field(default_factory=TaskEvalConfig)
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.tokens < 1:

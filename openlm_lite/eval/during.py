@@ -1,0 +1,169 @@
+"""Tasks along a training run: when, of what, and without a trace in the training itself.
+
+The loop asks `due` after each step, and where it is time calls `measure` once for the weights and
+once for each average. All ranks do this together, on the model as it is sharded.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from openlm_lite import dist, storage
+from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
+from openlm_lite.errors import InputError
+from openlm_lite.eval.aiw import AIWConfig, check_aiw
+from openlm_lite.eval.held_out import check_source
+from openlm_lite.eval.icl import SuiteSettings, find_files
+from openlm_lite.eval.measures import Measures, Words, measure_all, words_of
+from openlm_lite.eval.model_scorer import ModelScorer
+from openlm_lite.eval.perplexity import PerplexityConfig
+from openlm_lite.eval.scorer import BatchLimits
+from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class TaskEvalConfig:
+    """What is measured along a run besides the validation loss, and when; also after the end."""
+
+    suite: str = ""
+    """as of `openlm eval --suite`: core, extended, aiw, tasks, last lm-eval:TASK,…; empty: none"""
+    texts: dict[str, str] = field(default_factory=dict)
+    """held-out text besides data.val: name -> dataset, file, folder or glob"""
+    every_steps: int = 0
+    """0: not by steps"""
+    every_tokens: int = 0
+    """at the first step behind each multiple; 0: not by tokens"""
+    data: str = ""
+    """the folder of the tasks' data, as of `openlm eval --data`"""
+    limit: int | None = None
+    """rows of every task; null: all"""
+    averages: bool = True
+    """the same for every average of the weights"""
+    batch_size: int = 32
+    """sequences in one forward pass of a rank"""
+    batch_tokens: int = 16_384
+    """tokens in one, with padding"""
+    tokenizer: str | None = None
+    """null: the training data's"""
+    aiw: AIWConfig = field(default_factory=AIWConfig)
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "every_tokens"):
+            if getattr(self, name) < 0:
+                raise InputError(f"eval.tasks.{name} = {getattr(self, name)}, must be 0 or more")
+        self.suite_settings  # noqa: B018  (raises for what is out of range)
+
+    @property
+    def suite_settings(self) -> SuiteSettings:
+        """Of DCLM's tasks. The data have no beginning-of-text tokens, so prompts have none."""
+        batch = BatchLimits(self.batch_size, self.batch_tokens)
+        return SuiteSettings(limit=self.limit, bos=False, batch=batch)
+
+
+class TaskEval:
+    """The tasks of a run; nothing where none are asked for."""
+
+    def __init__(
+        self, cfg: TaskEvalConfig, model: ModelConfig, data_folder: str, val_names: tuple[str, ...]
+    ) -> None:
+        """Everything is read and checked: a mistake is told before the first step.
+
+        data_folder: of the training data, whose tokenizer it is; val_names: of data.val. Raises
+        InputError.
+        """
+        self.cfg = cfg
+        self.wanted: Measures | None = None
+        if not cfg.suite and not cfg.texts:
+            return
+        words = words_of(cfg.suite) if cfg.suite else Words((), False, ())
+        if words.tasks:
+            find_files(words.tasks, cfg.data)
+        for name, path in cfg.texts.items():
+            if name in val_names or "/" in name:
+                raise InputError(
+                    f"eval.tasks.texts.{name}: the name is that of a source in data.val, or has a "
+                    "/ in it; choose another, which val/<name>/loss is called by"
+                )
+            check_source(path)
+        self.tokenizer = _tokenizer(cfg.tokenizer, data_folder)
+        if self.tokenizer.vocab_size > model.vocab_size:
+            raise InputError(
+                f"eval.tasks.tokenizer: {self.tokenizer.name} has {self.tokenizer.vocab_size} ids, "
+                f"the model {model.vocab_size}"
+            )
+        if words.aiw:
+            check_aiw(self.tokenizer, cfg.aiw, cfg.data, model.max_seq_len, model.vocab_size)
+        self.wanted = Measures(
+            words, cfg.data, cfg.suite_settings, cfg.aiw, cfg.texts, cfg.perplexity
+        )
+
+    def due(self, step: int, tokens_before: int, tokens: int, done: bool) -> bool:
+        """Whether to measure after `step`, which took the run from `tokens_before` to `tokens`."""
+        if self.wanted is None:
+            return False
+        by_steps = self.cfg.every_steps > 0 and step % self.cfg.every_steps == 0
+        n = self.cfg.every_tokens
+        return done or by_steps or (n > 0 and tokens // n > tokens_before // n)
+
+    def measure(
+        self, model: Transformer, dtype: torch.dtype, beat: Callable[[], None]
+    ) -> dict[str, Any]:
+        """`measures.measure_all` of the model; collective, and the training does not notice.
+
+        dtype: what FSDP computes in; beat: called at every forward pass. Raises RunError where the
+        model cannot be measured.
+        """
+        assert self.wanted is not None
+        scorer = ModelScorer(model, dtype=dtype, lockstep=dist.world_size() > 1)
+        with untouched(model, beat):
+            return measure_all(scorer, self.tokenizer, self.wanted)
+
+
+def _tokenizer(spec: str | None, data_folder: str) -> Tokenizer:
+    """The one that is named, else the one beside the training data, which may be at a URL."""
+    if spec is not None:
+        return load_tokenizer(spec)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    places = {name: f"{data_folder.rstrip('/')}/{name}" for name in names}
+    if not storage.exists(places[names[0]]):
+        raise InputError(
+            f"eval.tasks: {data_folder} holds no tokenizer.json; name the tokenizer that it was "
+            "made with (eval.tasks.tokenizer)"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, place in places.items():
+            if storage.exists(place):
+                storage.write_bytes(os.path.join(folder, name), storage.read_bytes(place))
+        return load_tokenizer(folder)
+
+
+@contextmanager
+def untouched(model: Transformer, beat: Callable[[], None]) -> Iterator[None]:
+    """The model is read inside; generators, modes and compiled code are as they were afterwards.
+
+    Compiled blocks run uncompiled meanwhile: the many shapes of tasks would make torch compile them
+    again, for shapes in general, and the training would go on with that code and other rounding.
+    """
+    was_training = model.training
+    hook = model.register_forward_hook(lambda *_: beat())
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        hook.remove()
+        model.train(was_training)

@@ -1,0 +1,170 @@
+"""Tasks along a training run: the scores of the model, and not a bit of it changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from openlm_lite.cli import main
+from openlm_lite.errors import InputError
+from openlm_lite.eval.during import TaskEval, TaskEvalConfig
+from openlm_lite.log import read_metrics
+from tests.test_train import losses, same_weights
+from tests.tiny_run import tiny_config
+from tests.train_server import TrainServer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small tasks in DCLM's layout, and a text."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {"query": f"bad cab {i} de", "choices": ["fig ace", "jade", "a bead"], "gold": i % 3}
+        for i in range(9)
+    ]
+    place = folder / "local_data" / "commonsense_reasoning"
+    place.mkdir(parents=True)
+    for name in ("copa", "openbook_qa"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / f"{name}.jsonl").write_text(text)
+    (folder / "held_out.txt").write_text("bad cab fig ace jade " * 40)
+    return folder
+
+
+def words(data: Path) -> list[str]:
+    return [
+        "model.max_seq_len=192",  # the questions of AIW are longer than the rows that are trained
+        "eval.every_steps=0",
+        "averages={ema: {kind: ema, decay: 0.5}}",
+        "eval.tasks.suite=copa,openbook_qa,aiw",
+        f"eval.tasks.data={data}",
+        f"eval.tasks.texts={{held: {data}/held_out.txt}}",
+        "eval.tasks.every_steps=5",
+        "eval.tasks.aiw={trials: 2, drawn: 1, max_new_tokens: 4}",
+        "eval.tasks.perplexity={seq_len: 32, bootstrap: 0}",
+    ]
+
+
+def scores(run: Path) -> dict[int, dict[str, float]]:
+    """step -> what was measured of tasks and texts."""
+    found: dict[int, dict[str, float]] = {}
+    for record in read_metrics(run / "metrics.jsonl"):
+        values = {k: v for k, v in record.items() if k.startswith(("eval/", "val/held"))}
+        if values:
+            found.setdefault(record["step"], {}).update(values)
+    return found
+
+
+NAMES = {
+    "eval/copa/accuracy", "eval/openbook_qa/accuracy", "eval/aiw/rate", "eval/aiw/lowest",
+    "eval/aiw/highest", "eval/aiw/drawn", "eval/aiw/likelihood_right",
+    "eval/aiw/likelihood_over_m", "val/held/loss", "val/held/bits_per_byte",
+}  # fmt: skip
+
+
+def of_average(name: str) -> str:
+    head, _, tail = name.rpartition("/")
+    return f"{head}/ema/{tail}"
+
+
+@pytest.fixture(scope="module")
+def runs(
+    train_server: TrainServer, toy_recipe: Path, data: Path, tmp_path_factory: Any
+) -> tuple[Path, Path]:
+    """On two ranks under FSDP2, with tasks and without."""
+    root = tmp_path_factory.mktemp("runs")
+    both = words(data)
+    without = [word for word in both if not word.startswith("eval.tasks.")]
+    for name, given in (("with", both), ("without", without)):
+        done = train_server.train(str(toy_recipe), *given, f"run.dir={root / name}", world=2)
+        assert done["codes"] == [0, 0]
+    return root / "with", root / "without"
+
+
+def test_tasks_along_a_run_change_no_loss_and_no_weight(runs: tuple[Path, Path]) -> None:
+    measured, plain = runs
+    assert scores(plain) == {}
+    assert losses(measured) == losses(plain) and len(losses(plain)) == 12
+    assert same_weights(measured, plain)
+
+
+def test_weights_and_averages_are_measured_when_the_run_says_and_after_the_end(
+    runs: tuple[Path, Path],
+) -> None:
+    found = scores(runs[0])
+    assert list(found) == [5, 10, 12]
+    for values in found.values():
+        assert set(values) == NAMES | {of_average(name) for name in NAMES}
+    assert found[5]["val/held/loss"] != found[5]["val/held/ema/loss"]
+    assert found[5]["val/held/loss"] > found[12]["val/held/loss"]
+
+
+@pytest.mark.parametrize("average", [None, "ema"])
+def test_the_scores_of_a_run_are_those_of_its_checkpoint(
+    runs: tuple[Path, Path], data: Path, average: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(runs[0]), "--suite", "copa,openbook_qa,aiw", "--data", str(data)]
+    command += ["--perplexity", f"held={data}/held_out.txt", "--max-seq-len", "32", "--json"]
+    command += ["--bootstrap", "0", "--aiw-trials", "2", "--aiw-drawn", "1", "--device", "cpu"]
+    command += ["--average", average] if average else []
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    there = scores(runs[0])[12]
+
+    def seen(name: str) -> float:
+        return there[of_average(name) if average else name]
+
+    texts, likelihood = found["texts"]["held"], found["aiw"]["likelihood"]
+    assert seen("val/held/loss") == pytest.approx(texts["loss"], abs=1e-5)
+    assert seen("val/held/bits_per_byte") == pytest.approx(texts["bits_per_byte"], abs=1e-5)
+    assert seen("eval/aiw/likelihood_right") == likelihood["right"]["rate"]
+    for task in ("copa", "openbook_qa"):
+        assert seen(f"eval/{task}/accuracy") == found["tasks"][task]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "every_tokens", "steps"),
+    [(4, 0, [4, 8, 10]), (0, 700, [3, 6, 9, 10]), (0, 0, [10]), (5, 700, [3, 5, 6, 9, 10])],
+)
+def test_tasks_come_by_steps_by_tokens_and_at_the_end(
+    data: Path, every_steps: int, every_tokens: int, steps: list[int], toy_recipe: Path
+) -> None:
+    cfg = TaskEvalConfig(
+        texts={"held": f"{data}/held_out.txt"}, every_steps=every_steps, every_tokens=every_tokens
+    )
+    tasks = TaskEval(cfg, tiny_config(), f"{toy_recipe.parent}/data/train", ())
+    due = [s for s in range(1, 11) if tasks.due(s, 256 * (s - 1), 256 * s, s == 10)]
+    assert due == steps
+
+
+def test_mistakes_in_eval_tasks_are_told_before_the_run_has_a_folder(
+    toy_recipe: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+
+    def refused(message: str, *changes: str) -> None:
+        assert main(["train", str(toy_recipe), *words(data), *changes, f"run.dir={run}"]) == 2
+        assert message in capsys.readouterr().err
+        assert not run.exists()
+
+    refused("did you mean copa", "eval.tasks.suite=cope")
+    refused("holds none of local_data/commonsense_reasoning/copa.jsonl",
+            f"eval.tasks.data={tmp_path}")  # fmt: skip
+    refused("eval.tasks.texts.toy: the name is that of a source",
+            f"eval.tasks.texts={{toy: {data}/held_out.txt}}")  # fmt: skip
+    refused("none.txt", "eval.tasks.texts={a: none.txt}")
+    refused("max_seq_len = 64", "model.max_seq_len=64")
+    refused("aiw: temperature = 0", "eval.tasks.aiw.temperature=0")
+    refused("every_steps = -1", "eval.tasks.every_steps=-1")
+    refused("no such file", "eval.tasks.tokenizer=none.json")
+
+
+def test_tokenizers_that_do_not_fit_are_named(data: Path, toy_recipe: Path, tmp_path: Path) -> None:
+    cfg = TaskEvalConfig(texts={"held": f"{data}/held_out.txt"})
+    with pytest.raises(InputError, match=r"holds no tokenizer\.json"):
+        TaskEval(cfg, tiny_config(), str(tmp_path), ())
+    with pytest.raises(InputError, match="has 300 ids, the model 280"):
+        TaskEval(cfg, tiny_config(vocab_size=280), f"{toy_recipe.parent}/data/train", ())
