@@ -153,7 +153,7 @@ def test_mistakes_in_eval_tasks_are_told_before_the_run_has_a_folder(
     refused("did you mean copa", "eval.tasks.suite=cope")
     refused("holds none of local_data/commonsense_reasoning/copa.jsonl",
             f"eval.tasks.data={tmp_path}")  # fmt: skip
-    refused("eval.tasks.texts.toy: the name is that of a source",
+    refused("eval.tasks: texts.toy: the name is that of a source",
             f"eval.tasks.texts={{toy: {data}/held_out.txt}}")  # fmt: skip
     refused("none.txt", "eval.tasks.texts={a: none.txt}")
     refused("max_seq_len = 64", "model.max_seq_len=64")
@@ -168,3 +168,30 @@ def test_tokenizers_that_do_not_fit_are_named(data: Path, toy_recipe: Path, tmp_
         TaskEval(cfg, tiny_config(), str(tmp_path), ())
     with pytest.raises(InputError, match="has 300 ids, the model 280"):
         TaskEval(cfg, tiny_config(vocab_size=280), f"{toy_recipe.parent}/data/train", ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [(2, ["parallel.precision=bf16"]), (1, ["parallel.compile=true", "total_steps=6"])],
+)
+def test_bf16_under_fsdp_and_compiled_blocks_do_not_notice_tasks_either(
+    train_server: TrainServer,
+    toy_recipe: Path,
+    data: Path,
+    tmp_path: Path,
+    world: int,
+    changes: list[str],
+) -> None:
+    both = [*words(data), *changes, "eval.tasks.every_steps=3"]
+    for name, given in (
+        ("with", both),
+        ("without", [word for word in both if not word.startswith("eval.tasks.")]),
+    ):
+        done = train_server.train(
+            str(toy_recipe), *given, f"run.dir={tmp_path / name}", world=world
+        )
+        assert set(done["codes"]) == {0}
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    assert same_weights(tmp_path / "with", tmp_path / "without")
+    assert set(scores(tmp_path / "with")[3]) >= NAMES

@@ -86,27 +86,38 @@ class TaskEval:
         self.wanted: Measures | None = None
         if not cfg.suite and not cfg.texts:
             return
-        words = words_of(cfg.suite) if cfg.suite else Words((), False, ())
+        try:
+            words = words_of(cfg.suite) if cfg.suite else Words((), False, ())
+            self.tokenizer = self._checked(words, model, data_folder, val_names)
+        except InputError as e:
+            raise InputError(f"eval.tasks: {e}") from None
+        self.wanted = Measures(
+            words, cfg.data, cfg.suite_settings, cfg.aiw, cfg.texts, cfg.perplexity
+        )
+
+    def _checked(
+        self, words: Words, model: ModelConfig, data_folder: str, val_names: tuple[str, ...]
+    ) -> Tokenizer:
+        """The tokenizer, once all else is there."""
+        cfg = self.cfg
         if words.tasks:
             find_files(words.tasks, cfg.data)
         for name, path in cfg.texts.items():
             if name in val_names or "/" in name:
                 raise InputError(
-                    f"eval.tasks.texts.{name}: the name is that of a source in data.val, or has a "
-                    "/ in it; choose another, which val/<name>/loss is called by"
+                    f"texts.{name}: the name is that of a source in data.val, or has a / in it; "
+                    "choose another, which val/<name>/loss is called by"
                 )
             check_source(path)
-        self.tokenizer = _tokenizer(cfg.tokenizer, data_folder)
-        if self.tokenizer.vocab_size > model.vocab_size:
+        tokenizer = _tokenizer(cfg.tokenizer, data_folder)
+        if tokenizer.vocab_size > model.vocab_size:
             raise InputError(
-                f"eval.tasks.tokenizer: {self.tokenizer.name} has {self.tokenizer.vocab_size} ids, "
-                f"the model {model.vocab_size}"
+                f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model "
+                f"{model.vocab_size}"
             )
         if words.aiw:
-            check_aiw(self.tokenizer, cfg.aiw, cfg.data, model.max_seq_len, model.vocab_size)
-        self.wanted = Measures(
-            words, cfg.data, cfg.suite_settings, cfg.aiw, cfg.texts, cfg.perplexity
-        )
+            check_aiw(tokenizer, cfg.aiw, cfg.data, model.max_seq_len, model.vocab_size)
+        return tokenizer
 
     def due(self, step: int, tokens_before: int, tokens: int, done: bool) -> bool:
         """Whether to measure after `step`, which took the run from `tokens_before` to `tokens`."""
@@ -138,7 +149,7 @@ def _tokenizer(spec: str | None, data_folder: str) -> Tokenizer:
     places = {name: f"{data_folder.rstrip('/')}/{name}" for name in names}
     if not storage.exists(places[names[0]]):
         raise InputError(
-            f"eval.tasks: {data_folder} holds no tokenizer.json; name the tokenizer that it was "
+            f"{data_folder} holds no tokenizer.json; name the tokenizer that it was "
             "made with (eval.tasks.tokenizer)"
         )
     with tempfile.TemporaryDirectory() as folder:

@@ -72,6 +72,7 @@ class Requests:
         """
         questions: list[list[Choice]] = []
         previous: str | None = None
+        n_cut = 0
         for number, (context, continuation) in enumerate(pairs):
             before, scored = self._ids_of(context, continuation)
             if not 0 < len(scored) <= self.max_seq_len:
@@ -81,6 +82,7 @@ class Requests:
                     f"{self.max_seq_len}"
                 )
             tokens = (before + scored)[-(self.max_seq_len + 1) :]
+            n_cut += len(tokens) < len(before) + len(scored)
             choice = Choice(tokens, len(tokens) - len(scored))
             # a sequence of one token more than the model takes cannot stand behind a cache
             is_short = len(tokens) <= self.max_seq_len
@@ -89,6 +91,7 @@ class Requests:
             else:
                 questions.append([choice])
             previous = context if is_short else None
+        _say_cut(n_cut, len(pairs))
         scores = [s for found in score_all(self.scorer, questions, self.batch) for s in found]
         if not all(math.isfinite(score.loglik) for score in scores):
             raise RunError("lm-eval: the model's logits are not finite: there is nothing to score")
@@ -133,6 +136,7 @@ class Requests:
         """The continuation of each context under its own settings, up to its stop strings."""
         plans = [_plan(settings) for _, settings in requests]
         ids = []
+        n_cut = 0
         for (context, _), plan in zip(requests, plans, strict=True):
             room = self.max_seq_len - plan.max_new_tokens
             if room < 1:
@@ -141,7 +145,10 @@ class Requests:
                     f"model of {self.max_seq_len} positions; set max_gen_toks in the task's "
                     "generation_kwargs"
                 )
-            ids.append((self.encode(context) or [self.prefix_id])[-room:])
+            whole = self.encode(context) or [self.prefix_id]
+            n_cut += len(whole) > room
+            ids.append(whole[-room:])
+        _say_cut(n_cut, len(requests))
         order = sorted(range(len(ids)), key=lambda i: (repr(plans[i]), len(ids[i]), i))
         found = [""] * len(ids)
         while order:
@@ -176,6 +183,16 @@ class Requests:
         ):
             texts[row] += streams[row].feed(token)
         return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
+
+
+def _say_cut(n_cut: int, n: int) -> None:
+    if n_cut:
+        log.warning(
+            "lm-eval: %d of %d contexts are longer than the model takes, and lost tokens on the "
+            "left",
+            n_cut,
+            n,
+        )
 
 
 class _Plan(NamedTuple):

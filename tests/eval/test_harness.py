@@ -78,7 +78,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: Transformer, tokenizer:
 
 
 def test_loglikelihoods_are_sums_over_the_continuation(
-    requests: Requests, model: Transformer, tokenizer: Tokenizer
+    requests: Requests,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for (context, continuation), (loglik, greedy) in zip(
         PAIRS, requests.loglikelihoods(PAIRS), strict=True
@@ -93,6 +96,7 @@ def test_loglikelihoods_are_sums_over_the_continuation(
         wanted = torch.tensor(tokens[-n_scored:])
         assert loglik == pytest.approx(logits.gather(1, wanted[:, None]).sum().item(), abs=1e-4)
         assert greedy == bool((logits.argmax(-1) == wanted).all())
+    assert "2 of 8 contexts are longer than the model takes" in caplog.text
 
 
 def test_rolling_loglikelihoods_are_those_of_perplexity(
