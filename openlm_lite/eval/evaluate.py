@@ -87,8 +87,8 @@ def evaluate(request: EvalRequest) -> dict[str, Any]:
     if words.tasks:  # before a large model is loaded
         if request.data is None:
             raise InputError(
-                f"{words.tasks[0].label}: needs its data; name the folder that holds local_data/ "
-                "(--data)"
+                "an evaluation needs --data, the folder that holds local_data/, for "
+                f"{words.tasks[0].label}"
             )
         find_files(words.tasks, request.data)
     began = time.monotonic()

@@ -76,7 +76,7 @@ def test_the_command_prints_text_losses_and_aiw_and_agrees_with_its_json(
     ("words", "message"),
     [
         ([], "an evaluation needs --suite"),
-        (["--suite", "copa"], "copa: needs its data"),
+        (["--suite", "copa"], "needs --data, the folder that holds local_data/, for copa"),
         (["--suite", "copa", "--aiw-trials", "3"], "--aiw-trials: not with a suite without aiw"),
         (["--suite", "aiw", "--stride", "3"], "--stride: not with an evaluation without"),
         (["--suite", "aiw", "--aiw-form", "thinking"], "holds no aiw/prompts.json"),
