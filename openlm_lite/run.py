@@ -115,6 +115,13 @@ class RunConfig:
                 f"{self.model.max_seq_len}"
             )
         found += self._optim_problems()
+        tasks, layout = self.eval.tasks, self.parallel
+        if (tasks.suite or tasks.texts) and layout.tp * layout.cp > 1:
+            found.append(
+                f"eval.tasks: with parallel.tp = {layout.tp} and parallel.cp = {layout.cp} several "
+                "ranks share a row, which tasks cannot; leave it out, and ask the checkpoints "
+                "(openlm eval)"
+            )
         if seq_len < 1 or self.global_batch_tokens < 1 or self.global_batch_tokens % seq_len:
             near = max(1, round(self.global_batch_tokens / max(1, seq_len))) * seq_len
             found.append(

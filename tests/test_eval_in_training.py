@@ -161,6 +161,7 @@ def test_mistakes_in_eval_tasks_are_told_before_the_run_has_a_folder(
     refused("aiw: temperature = 0", "eval.tasks.aiw.temperature=0")
     refused("every_steps = -1", "eval.tasks.every_steps=-1")
     refused("no such file", "eval.tasks.tokenizer=none.json")
+    refused("eval.tasks: with parallel.tp = 2", "parallel.tp=2")
 
 
 def test_tokenizers_that_do_not_fit_are_named(data: Path, toy_recipe: Path, tmp_path: Path) -> None:
