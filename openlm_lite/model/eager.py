@@ -24,7 +24,7 @@ ATTENTION_BLOCK = 128
 class RMSNorm(torch.autograd.Function):
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps), over the last dimension.
 
-    With u = x r: dx = r (w dy - u mean(u w dy)), dw = sum(u dy).
+    With D features: dx = r w dy - x r^3 sum(w dy x) / D, dw = sum(r dy x) over the positions.
     """
 
     @staticmethod
@@ -39,13 +39,16 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, weight, r = ctx.saved_tensors
-        u = x * r
-        dw, du = None, dy
-        if weight is not None:
-            dw = (dy * u).flatten(0, -2).sum(0).to(weight.dtype)
-            du = dy * weight
-        mean = (du * u).mean(-1, keepdim=True)
-        return torch.addcmul(du, u, mean, value=-1).mul_(r).to(x.dtype), dw, None
+        t = (dy * x).float()
+        if weight is None:
+            dw, sums = None, t.sum(-1, keepdim=True)
+            dx = dy * r
+        else:  # the two sums of t are products with a vector, which read it once each
+            rows = t.flatten(0, -2)
+            dw = (r.flatten() @ rows).to(weight.dtype)
+            sums = (rows @ weight.float()).view_as(r)
+            dx = torch.mul(dy, weight, out=t).mul_(r)
+        return dx.addcmul_(x, sums * r.pow(3), value=-1 / x.shape[-1]).to(x.dtype), dw, None
 
 
 class Rotate(torch.autograd.Function):
@@ -127,17 +130,21 @@ class CausalAttention(torch.autograd.Function):
         q, k, v, out, *kept = ctx.saved_tensors
         shape = grads[0].shape
         d_out = grads[0].reshape(q.shape)
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         # softmax: ds = p (dp - sum(p dp)), and sum(p dp) = sum(out d_out)
         row_sums = (out * d_out).sum(-1, keepdim=True)
-        for (start, end), p in zip(_blocks(shape[2]), kept, strict=True):
+        blocks = zip(_blocks(shape[2]), kept, strict=True)
+        for (start, end), p in reversed(list(blocks)):  # the last one has all keys: it writes
             d_here = d_out[:, start:end]
-            # not baddbmm_: into a slice it runs one product after the other
-            d_v[:, :end] += torch.bmm(p.transpose(1, 2), d_here)
             d_s = torch.bmm(d_here, v[:, :end].transpose(1, 2))
             d_s.sub_(row_sums[:, start:end]).mul_(p)
             d_q[:, start:end] = torch.bmm(d_s, k[:, :end])
-            d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q[:, start:end])
+            if end == shape[2]:
+                torch.bmm(p.transpose(1, 2), d_here, out=d_v)
+                torch.bmm(d_s.transpose(1, 2), q[:, start:end], out=d_k)
+            else:  # not baddbmm_: into a slice it runs one product after the other
+                d_v[:, :end] += torch.bmm(p.transpose(1, 2), d_here)
+                d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q[:, start:end])
         d_q.mul_(shape[3] ** -0.5)
         return d_q.view(shape), d_k.view(shape), d_v.view(shape), None
 

@@ -111,11 +111,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept = y != IGNORE_INDEX
             index = torch.where(kept, y, 0).unsqueeze(1)
             logits = (h @ weight.t()).float()
-            target_logit = logits.gather(1, index)
-            logp = torch.log_softmax(logits, dim=1)
-            target_logp = logp.gather(1, index)
-            ce[rows] = torch.where(kept, -target_logp.squeeze(1), 0.0)
-            lse = target_logit - target_logp
+            # The largest probability is exp(largest logit - lse): cheaper than log_softmax, whose
+            # exponentials would be taken again for the gradient.
+            largest = logits.amax(dim=1, keepdim=True)
+            target = logits.gather(1, index).sub_(largest)
+            p = torch.softmax(logits, dim=1)
+            log_largest_p = p.amax(dim=1, keepdim=True).log_()
+            ce[rows] = torch.where(kept, -(target + log_largest_p).squeeze(1), 0.0)
+            lse = largest - log_largest_p
             if z_over_targets:
                 lse = torch.where(kept.unsqueeze(1), lse, 0.0)
             if has_z:
@@ -123,7 +126,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_h is None or grad_w is None:
                 continue
             # d total / d logits = a p - kept y, with a = kept + 2 z_weight lse
-            p = logp.exp_()
             keep = kept.unsqueeze(1).to(p.dtype)
             if has_z:
                 p *= keep + 2.0 * z_weight * lse
@@ -145,11 +147,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w = ctx.saved_tensors
         scale = grad_outputs[0]
-        return (
-            (grad_h * scale).to(grad_h.dtype),
-            (grad_w * scale).to(grad_w.dtype),
-            *(None,) * 5,
-        )
+        # in place: a second gradient of the head would be the largest tensor of a step
+        return grad_h.mul_(scale), grad_w.mul_(scale), *(None,) * 5
 
 
 def _add_product(grad_VD: Tensor, d_logits_NV: Tensor, h_ND: Tensor) -> None:
