@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from openlm_lite import cli_data, cli_eval, cli_fit, cli_science, redact
+from openlm_lite import cli_bench, cli_data, cli_eval, cli_fit, cli_science, redact
 from openlm_lite.cli_data import print_result
 from openlm_lite.errors import InputError, RelayedError, RunError, SharedError
 
@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-compare", action="store_true", help="do not load it with transformers too")
     p.add_argument("--json", action="store_true")
 
+    cli_bench.add_verb(verb)
     cli_science.add_verbs(verb)
     cli_fit.add_verbs(verb)
     cli_eval.add_verbs(verb)
@@ -214,6 +215,7 @@ def _readable(value: Any) -> str:
 def _train(args: argparse.Namespace) -> int:
     from openlm_lite.stop import StopRequest
 
+    cli_bench.take_large_pages()
     with StopRequest(until_exit=True) as stop:  # first: what follows imports torch, for seconds
         from openlm_lite import log
         from openlm_lite.run import load_run

@@ -81,6 +81,15 @@ class GuardConfig:
         if problems:
             raise InputError("guard: " + "; ".join(problems))
 
+    @property
+    def may_judge_late(self) -> bool:
+        """Whether every verdict either ends the run or has the batch used.
+
+        Then the next step may begin before it, if a non-finite one is kept from the weights
+        otherwise (`optim.brake`). A batch that is left out decides on the next step's batch.
+        """
+        return self.on_nonfinite == "stop" and self.on_spike == "log"
+
 
 @dataclass(frozen=True)
 class Verdict:

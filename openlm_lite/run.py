@@ -21,6 +21,7 @@ from openlm_lite.inherit import InitFrom
 from openlm_lite.layout import Sizes
 from openlm_lite.memory import Need, fitting, parts_of, remedies, usable
 from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.kernels import KernelConfig
 from openlm_lite.model.loss import LossConfig
 from openlm_lite.optim.batch_size import BatchSizes, BatchWarmupConfig
 from openlm_lite.optim.build import OptimConfig
@@ -28,6 +29,7 @@ from openlm_lite.optim.groups import rules_of
 from openlm_lite.optim.mup import problems_of_mup
 from openlm_lite.optim.schedule import ScheduleConfig
 from openlm_lite.parallel import ParallelConfig, check_reshard, problems
+from openlm_lite.profile import ProfileConfig
 from openlm_lite.telemetry import TelemetryConfig
 from openlm_lite.watchdog import WatchdogConfig
 
@@ -91,6 +93,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     averages: dict[str, AverageConfig] = field(default_factory=dict)
     """of the weights, by name: kept beside them, validated and saved"""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -98,6 +101,7 @@ class RunConfig:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         problems = self._problems()
@@ -146,6 +150,12 @@ class RunConfig:
                 found.append(str(e))
         if 0 < seq_len <= self.model.max_seq_len:
             masked = self.data.document_masking
+            if self.parallel.cp > 1 and self.kernels.attention not in ("auto", "sdpa"):
+                found.append(
+                    f"kernels.attention = {self.kernels.attention}: context parallelism "
+                    f"(parallel.cp = {self.parallel.cp}) has a kernel of its own; set "
+                    "kernels.attention=auto"
+                )
             found += problems(self.parallel, self.model, seq_len, self.optim.name, masked)
         return found + check_averages(self.averages, self.steps, self.data.val)
 
@@ -417,6 +427,8 @@ MAY_CHANGE_ON_RESUME = (
     "data.cache_dir",
     "data.cache_gib",
     "parallel.",
+    "kernels.",
+    "profile.",
     "guard.on_nonfinite",  # these three decide where a run ends, not which model it would be
     "guard.max_skips",
     "guard.max_rewinds",

@@ -13,6 +13,7 @@ from openlm_lite.data.stream import TokenStream
 from openlm_lite.dist import World
 from openlm_lite.guard import Verdict
 from openlm_lite.inherit import Record, describe
+from openlm_lite.model.kernels import Choice
 from openlm_lite.redact import redacted_tree
 from openlm_lite.run import RunConfig
 from openlm_lite.saver import Saved
@@ -95,7 +96,9 @@ class Sinks:
         if self.file is not None:
             log.logger.info(message)
 
-    def banner(self, stream: TokenStream, origin: Record | None, resume_step: int) -> None:
+    def banner(
+        self, stream: TokenStream, origin: Record | None, attention: Choice, resume_step: int
+    ) -> None:
         """What begins here, or goes on after `resume_step` (-1: from the start)."""
         cfg, world = self.cfg, self.world
         sizes = cfg.parallel.sizes(world.world_size)
@@ -107,6 +110,7 @@ class Sinks:
             f"{world.world_size} x {world.device.type} ({cfg.parallel.precision}{layout}), "
             f"data {self._described(stream)}"
         )
+        self.say(f"attention by {attention.name} ({attention.why})")
         for start, shares in stream.mixture.describe() if stream.mixture else ():
             listed = ", ".join(f"{name} {share:.6g}" for name, share in shares.items())
             self.say(f"from token {start * cfg.data.seq_len}: {listed}")

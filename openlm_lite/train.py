@@ -20,9 +20,10 @@ A run folder::
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -54,11 +55,15 @@ from openlm_lite.guard import Guard
 from openlm_lite.hf.source import Source, tokenizer_documents
 from openlm_lite.inherit import Record, first_weights, open_init_source
 from openlm_lite.layout import Layout, Sizes, build_layout
+from openlm_lite.model.kernels import Choice, choose_attention, set_attention
 from openlm_lite.model.loss import LossConfig
 from openlm_lite.model.transformer import Transformer
+from openlm_lite.optim.brake import Brake
 from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
 from openlm_lite.optim.schedule import lr_at
 from openlm_lite.parallel import DTYPES, build_sharded_model, set_gradient_sync
+from openlm_lite.profile import Profiler
+from openlm_lite.readback import Readback, to_device
 from openlm_lite.remote_lock import lost_message
 from openlm_lite.run import RunConfig
 from openlm_lite.run_folder import mark_stopped, run_folder
@@ -69,6 +74,7 @@ from openlm_lite.watchdog import Watchdog
 
 DONE, STOPPED = 0, 75
 """exit codes: trained to the end; stopped on request with a checkpoint saved"""
+_COLLECT_EVERY = 50  # steps: a collection of young garbage takes about 1 ms
 
 
 def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | None = None) -> int:
@@ -100,9 +106,16 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
             stop = at_end.enter_context(StopRequest())
         watchdog = at_end.enter_context(Watchdog(cfg.watchdog, rank, world_size, stop))
         world = dist.init(cfg.run.device, cfg.watchdog.group_seconds)
+        attention = choose_attention(
+            cfg.kernels,
+            cfg.model.architecture,
+            world.device,
+            DTYPES[cfg.parallel.precision],
+            cfg.run.deterministic,
+        )
         place = at_end.enter_context(run_folder(cfg, folder, stream, allow_change))
         watchdog.stacks_folder = folder
-        loop = Loop(cfg, folder, place, stream, val_sets, tasks, world, stop, watchdog)
+        loop = Loop(cfg, folder, place, stream, val_sets, tasks, world, stop, watchdog, attention)
         at_end.callback(loop.close)
         loop.begin(source, allow_change)
         del source  # and with it what it has open
@@ -123,12 +136,14 @@ class Loop:
         world: World,
         stop: StopRequest,
         watchdog: Watchdog,
+        attention: Choice,
     ) -> None:
         self.cfg, self.folder, self.place, self.world = cfg, folder, place, world
         self.stream, self.val_sets, self.tasks = stream, val_sets, tasks
         self.stop, self.watchdog = stop, watchdog
         self.schedule = cfg.schedule_in_steps
         self.layout = build_layout(cfg.parallel, world)
+        self.attention = attention
         self.model = build_sharded_model(
             cfg.model.architecture,
             self.layout,
@@ -137,7 +152,15 @@ class Loop:
             cfg.run.seed,
             cfg.optim.mup_base_width,
         )
+        set_attention(self.model, self.attention.name)
         self.optimizer = build_optimizer(self.model, cfg.optim, cfg.model.d_model)
+        self.brake = None
+        late = reads_late(world.device) and cfg.guard.may_judge_late
+        # with tp or cp a waiting step stays: the flag beside parameters of two meshes is untried
+        if late and self.layout.sizes.ranks_per_row == 1 and Brake.holds(self.optimizer):
+            self.brake = Brake(self.optimizer, world.device)
+        self.tried: Tried | None = None  # the last step, while its numbers are not read
+        self.stop_wanted = False  # by any rank, in a step whose numbers are read
         self.averages = Averages(cfg.averages, self.model)
         self.saver = Saver(place, cfg.checkpoint)
         self.tokenizer: dict[str, str] = {}  # documents of the checkpoints; rank 0 writes them
@@ -149,6 +172,7 @@ class Loop:
         self.origin: Record | None = None  # of the first weights
         self.batches = self.batches_from_here()
         self.sinks = Sinks(cfg, folder, world)
+        self.profiler = Profiler(cfg.profile, folder, world)
 
     def begin(self, source: Source | None, allow_change: Sequence[str]) -> None:
         """Take the state of the newest checkpoint, or the first weights."""
@@ -168,7 +192,7 @@ class Loop:
             self.go_on(commit.path)
         resume_step = -1 if commit is None else self.state.step
         self.sinks.open(resume_step)
-        self.sinks.banner(self.stream, self.origin, resume_step)
+        self.sinks.banner(self.stream, self.origin, self.attention, resume_step)
         self.begin_averages()
         if commit is None:
             self.validate()
@@ -182,10 +206,18 @@ class Loop:
 
     def run(self) -> int:
         """Step until the end or a stop; returns the exit code."""
+        with collected_between_steps() as collect:
+            return self.run_steps(collect)
+
+    def run_steps(self, collect: Callable[[int], None]) -> int:
         cfg, sinks = self.cfg, self.sinks
         while self.state.step < cfg.steps:
             before = self.state
+            self.profiler.begin(before.step)
             stop_wanted = self.step()
+            for message in self.profiler.end(self.state.step):
+                sinks.say(message)
+            collect(self.state.step)
             sinks.saved(self.saver.finished())
             if self.state.step <= before.step:
                 continue  # left out, or gone back; a request to stop waits for the next step
@@ -222,14 +254,14 @@ class Loop:
             batch = next(self.batches)
         for message in share_bad_shards(self.stream, world):
             self.sinks.say(f"step {state.step}: left out: {message}")
-        agreed = agree_on(batch, world, self.layout, bool(self.place.lost))
+        agreed = agree_on(batch, self.layout.sizes, bool(self.place.lost))
         if agreed.place_lost:  # all that follows would be thrown away
             why = self.place.lost or "as rank 0 has found"
             raise SharedError(lost_message(self.place.root, why))
         clock.lap("data")
 
         self.watchdog.enter("step" if self.has_stepped else "start", state.step)
-        losses = forward_backward(
+        found = forward_backward(
             self.model,
             batch,
             cfg.micro_batches(self.layout.sizes.data_ranks, state.step),
@@ -241,14 +273,13 @@ class Loop:
             reduce_each=cfg.parallel.reduce_every_micro_batch,
             stop_requested=lambda: self.stop.requested,
         )
-        grad_norm = clip_gradients(self.model, cfg.optim.grad_clip).item()
-        verdict = self.guard.judge(state.step, batch.first_index, n_rows, losses.ce, grad_norm)
-        if verdict.event == "rewind":
-            self.rewind()
-        self.sinks.judged(self.state, verdict)
-        if verdict.event in ("left out", "rewind"):
-            self.model.zero_grad()
-            return losses.stop_wanted
+        grad_norm = clip_gradients(self.model, cfg.optim.grad_clip)
+        numbers = torch.cat((grad_norm.reshape(1), found))
+        tried = Tried(state, batch.first_index, n_rows, lr, agreed.checksum, Readback(numbers))
+        if self.brake is not None:
+            self.brake.look(numbers[:2])  # what the guard will look at
+        elif not self.judge(tried):
+            return self.stop_wanted
         for optimizer in self.optimizer:
             optimizer.step()
         self.model.zero_grad()
@@ -259,9 +290,44 @@ class Loop:
         )
         self.averages.update(self.state.step)
         self.has_stepped = True
+        if self.brake is not None:  # the device has this step to do: time to hear of the last
+            self.settle()
         clock.lap("step")
-        self.sinks.step(self.state, losses, agreed.checksum, grad_norm, lr, clock, self.stream)
-        return losses.stop_wanted
+        self.tried = tried._replace(clock=clock, after=self.state)
+        if self.brake is None:
+            self.settle()
+        return self.stop_wanted
+
+    def judge(self, tried: Tried) -> bool:
+        """Whether the batch is used, by its numbers; else all is as it was before, or earlier."""
+        losses, grad_norm = tried.found(self.stream.names)
+        self.stop_wanted |= losses.stop_wanted
+        verdict = self.guard.judge(
+            tried.state.step, tried.first_sample, tried.n_rows, losses.ce, grad_norm
+        )
+        if verdict.event == "rewind":
+            self.rewind()
+        self.sinks.judged(tried.state if verdict.event != "rewind" else self.state, verdict)
+        if verdict.event in ("left out", "rewind"):
+            self.model.zero_grad()
+            return False
+        return True
+
+    def settle(self) -> None:
+        """Read what the last step found, if nobody did: judge it late, and report it.
+
+        Before anything that lasts: no checkpoint holds a step that was not judged.
+        """
+        tried, self.tried = self.tried, None
+        if tried is None:
+            return
+        if self.brake is not None:
+            self.judge(tried)  # raises, or has the batch used: it is `may_judge_late`
+        losses, grad_norm = tried.found(self.stream.names)
+        assert tried.clock is not None and tried.after is not None
+        self.sinks.step(
+            tried.after, losses, tried.checksum, grad_norm, tried.lr, tried.clock, self.stream
+        )
 
     def rewind(self) -> None:
         """Back to the newest checkpoint, as if the run had been launched again."""
@@ -289,12 +355,14 @@ class Loop:
 
     def save(self, must_succeed: bool) -> None:
         """A checkpoint of the present state; waited for only if it `must_succeed`."""
+        self.settle()
         documents = {
             "config.yaml": run.resolved_yaml(self.cfg),
             "model.json": run.model_json(self.cfg.model.architecture),
             **self.tokenizer,
         }
         facts = data_facts(self.stream) | ({"init_from": self.origin} if self.origin else {})
+        facts |= {"attention": self.attention.name}
         facts |= self.averages.facts()
         state = replace(self.state, guard=self.guard.state())
         with self.watchdog.watch("save"):
@@ -313,6 +381,7 @@ class Loop:
 
     def validate(self) -> None:
         """The loss on every validation set, of the weights and of their averages."""
+        self.settle()
         self.validate_weights()
         for average in self.averages.updated:
             with self.averages.in_place(average):
@@ -337,6 +406,7 @@ class Loop:
 
     def evaluate(self) -> None:
         """The tasks of eval.tasks, of the weights and of their averages."""
+        self.settle()
         self.evaluate_weights()
         for average in self.averages.updated if self.cfg.eval.tasks.averages else ():
             with self.averages.in_place(average):
@@ -368,30 +438,51 @@ class Loop:
 
     def close(self) -> None:
         """End the threads, and let a save that is running come to its end."""
+        self.profiler.close()
         self.batches.close()
         self.saver.close()
         self.sinks.close()
 
 
+class Tried(NamedTuple):
+    """A step whose numbers may still be on their way from the device."""
+
+    state: TrainState  # before it
+    first_sample: int
+    n_rows: int
+    lr: float
+    checksum: int
+    numbers: Readback  # gradient norm, then those of `forward_backward`
+    clock: Clock | None = None
+    after: TrainState | None = None
+
+    def found(self, sources: tuple[str, ...]) -> tuple[Losses, float]:
+        """Its losses and its gradient norm; waits until they are there."""
+        grad_norm, *found = self.numbers.numbers()
+        return losses_of(found, sources), grad_norm
+
+
 class Agreed(NamedTuple):
     """What all ranks know of a global batch before they train on it."""
 
-    n_targets: torch.Tensor  # fp32 scalar, at least 1: targets of all ranks
+    n_targets: float  # at least 1: targets of all ranks
     checksum: int  # of the rows that were read (`data.stream.checksum_of`)
     place_lost: bool  # another run has the place of the checkpoints, as one rank knows
 
 
-def agree_on(batch: Batch, world: World, layout: Layout, place_lost: bool) -> Agreed:
-    """Wait until every rank has its batch, and add up what they know; collective."""
+def agree_on(batch: Batch, sizes: Sizes, place_lost: bool) -> Agreed:
+    """Wait until every rank has its batch, and add up what they know; collective.
+
+    Over gloo on every machine: no GPU waits, nor is waited for.
+    """
     counts = torch.tensor(  # float64 holds all of these exactly
         [n_targets_of(batch), batch.checksum, place_lost], dtype=torch.float64
-    ).to(world.device)
+    )
     torch.distributed.all_reduce(counts)
-    counts[:2] /= layout.sizes.ranks_per_row  # so many ranks have counted the same rows
+    counts[:2] /= sizes.ranks_per_row  # so many ranks have counted the same rows
+    n_targets, checksum, losts = counts.tolist()
     # all rows may be of shards that are left out
-    n_targets = counts[0].clamp(min=1).float()
-    _, checksum, losts = counts.tolist()
-    return Agreed(n_targets, int(checksum), losts > 0)
+    return Agreed(max(1.0, n_targets), int(checksum), losts > 0)
 
 
 def forward_backward(
@@ -401,13 +492,15 @@ def forward_backward(
     loss: LossConfig,
     world: World,
     sizes: Sizes,
-    n_targets: torch.Tensor,
+    n_targets: float,
     sources: tuple[str, ...] = (),
     *,
     reduce_each: bool = False,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> Losses:
-    """Gradients of one global batch, of `n_targets` over all ranks; returns its losses.
+) -> torch.Tensor:
+    """Gradients of one global batch, of `n_targets` over all ranks; the numbers of `losses_of`.
+
+    They stay on the device: nothing here waits for it.
 
     What is minimised is the mean over the targets of all ranks and micro-batches, each token
     counting once, whatever the split; with a z-loss, plus z_loss times its mean over all
@@ -425,14 +518,14 @@ def forward_backward(
     by_source = torch.zeros(2, len(sources), device=world.device)
     for i, part in enumerate(micro_batches_of(batch, micro_batches)):
         set_gradient_sync(model, reduce_each or i == micro_batches - 1)
-        targets_BT = part.targets_BT.to(world.device, non_blocking=True)
+        targets_BT = to_device(part.targets_BT, world.device)
         documents = part.doc_ids_BT
         sums = model(
-            part.tokens_BT.to(world.device, non_blocking=True),
+            to_device(part.tokens_BT, world.device),
             targets_BT,
             z_weight=z_weight,
             z_over_targets=z_over_targets,
-            doc_ids_BT=None if documents is None else documents.to(world.device, non_blocking=True),
+            doc_ids_BT=None if documents is None else to_device(documents, world.device),
         )
         # FSDP averages gradients over these ranks, n_targets already counts all of them.
         (sums.total * (sizes.addends / n_targets)).backward()
@@ -440,14 +533,20 @@ def forward_backward(
         if part.sources_B is not None:
             ce_B = sums.ce_N.view(len(targets_BT), -1).sum(1)  # of this rank's part of each row
             n_B = (targets_BT >= 0).sum(1).float() / sizes.ranks_per_row
-            by_source.index_add_(1, part.sources_B.to(world.device), torch.stack((ce_B, n_B)))
-    asked = torch.tensor([float(stop_requested())], device=world.device)
+            by_source.index_add_(
+                1, to_device(part.sources_B, world.device), torch.stack((ce_B, n_B))
+            )
+    asked = to_device(torch.tensor([float(stop_requested())]), world.device)
     found = torch.cat((found, by_source.flatten(), asked))
     torch.distributed.all_reduce(found)
-    ce, z, *rest, stops = found.tolist()
+    return found
+
+
+def losses_of(found: Sequence[float], sources: tuple[str, ...] = ()) -> Losses:
+    """Of what `forward_backward` found: ce, z; of each source the sum of ce, then the targets."""
+    ce, z, *rest, stops = found
     pairs = zip(sources, rest[: len(sources)], rest[len(sources) :], strict=True)
-    by_name = {name: s / n for name, s, n in pairs if n}
-    return Losses(ce, z, by_name, stops > 0)
+    return Losses(ce, z, {name: s / n for name, s, n in pairs if n}, stops > 0)
 
 
 def micro_batches_of(batch: Batch, n: int) -> list[Batch]:
@@ -467,7 +566,7 @@ def share_bad_shards(stream: TokenStream, world: World) -> list[str]:
     if stream.max_bad_shards == 0:
         return []
     mine = dict(stream.bad_shards)  # the thread that reads ahead adds to it
-    count = torch.tensor(float(len(mine.keys() - stream.told)), device=world.device)
+    count = torch.tensor(float(len(mine.keys() - stream.told)))
     torch.distributed.all_reduce(count)
     if not count:
         return []
@@ -489,6 +588,33 @@ def share_bad_shards(stream: TokenStream, world: World) -> list[str]:
 def n_targets_of(batch: Batch) -> int:
     """Targets of this rank that count."""
     return int((batch.targets_BT >= 0).sum())
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether the numbers of a step cost a wait: a CPU has computed them when it is asked."""
+    return device.type == "cuda"
+
+
+@contextmanager
+def collected_between_steps() -> Iterator[Callable[[int], None]]:
+    """Python's garbage collector, kept out of steps; call what this gives after each.
+
+    It would run in the middle of any step, on each rank in another one, and all wait for the
+    slowest. What is there at the start (modules, the model) is never looked at again.
+    """
+
+    def collect(step: int) -> None:
+        if every(_COLLECT_EVERY, step):
+            gc.collect(1)
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def make_deterministic(cfg: RunConfig) -> None:

@@ -11,12 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from openlm_lite import dist
+from openlm_lite import train as train_module
+from openlm_lite.bench import Stepper, synthetic_batches
 from openlm_lite.context_parallel import _attend_causal
+from openlm_lite.errors import InputError
+from openlm_lite.guard import NonFiniteError
+from openlm_lite.log import read_metrics
+from openlm_lite.metrics import peak_flops
 from openlm_lite.model import attention
 from openlm_lite.model.attention import FlexMask
+from openlm_lite.model.kernels import KERNELS, KernelConfig, Name, choose_attention
 from openlm_lite.model.loss import LossSums
+from openlm_lite.optim.brake import Brake
+from openlm_lite.optim.build import clip_gradients
+from openlm_lite.readback import Readback
+from openlm_lite.run import load_run
+from openlm_lite.train import agree_on, forward_backward
 from tests.model.test_document_mask import gradients, random_documents
 from tests.model.test_transformer import TINY, build
+from tests.run_faults import BATCH_FAULTS
 from tests.test_train import final_weights, losses, same_weights
 from tests.train_server import ROOT
 
@@ -101,6 +115,102 @@ def test_document_masking_trains_alike_with_flex_attention_and_with_a_mask(
     train(toy_recipe, tmp_path / "flex", *words)
     train(toy_recipe, tmp_path / "cpu", "run.device=cpu", *words[:2])
     assert losses(tmp_path / "flex") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
+
+
+NAMES = [name for name in KERNELS if name != "blocks"]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_every_kernel_that_can_be_chosen_here_computes_attention(
+    name: Name, head_dim: int, kv_heads: int
+) -> None:
+    model = dataclasses.replace(TINY, n_heads=8, n_kv_heads=kv_heads, head_dim=head_dim)
+    device = torch.device("cuda")
+    try:
+        choose_attention(KernelConfig(name), model, device, torch.bfloat16)
+    except InputError as e:
+        assert name not in ("sdpa", "sdpa_flash", "flex"), e  # these are torch's own, everywhere
+        pytest.skip(str(e))
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [
+        torch.randn(2, n, 300, head_dim, generator=generator, device=device)
+        for n in (8, kv_heads, kv_heads)
+    ]
+    found = []
+    for kernel, dtype in ((KERNELS[name], torch.bfloat16), (KERNELS["sdpa"], torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        y = kernel(*leaves)
+        y.float().square().sum().backward()
+        found.append([y.detach(), *(t.grad for t in leaves if t.grad is not None)])
+    for ours, expected in zip(*found, strict=True):
+        assert (ours.float() - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "sdpa_flash", "flex"])
+def test_a_run_by_every_kernel_follows_the_golden_losses(
+    toy_recipe: Path, tmp_path: Path, name: str
+) -> None:
+    words = ["model.head_dim=16", f"kernels.attention={name}"]
+    train(toy_recipe, tmp_path / "gpu", *words)
+    train(toy_recipe, tmp_path / "cpu", "run.device=cpu", words[0])
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
+
+
+def test_a_step_waits_for_nothing_that_the_device_does(toy_recipe: Path) -> None:
+    """PyTorch raises where a call would make the host wait."""
+    cfg = load_run(str(toy_recipe), ["parallel.precision=bf16", "run.device=cuda"])
+    world = dist.init("cuda")
+    try:
+        stepper = Stepper(cfg, world)
+        batches = synthetic_batches(cfg, stepper.layout)
+        brake = Brake(stepper.optimizer, world.device)
+        for _ in range(3):  # libraries initialise themselves
+            stepper.step(next(batches))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                batch = next(batches)
+                sizes = stepper.layout.sizes
+                n_targets = agree_on(batch, sizes, False).n_targets
+                found = forward_backward(stepper.model, batch, 2, cfg.loss, world, sizes, n_targets)
+                numbers = torch.cat((clip_gradients(stepper.model, 1.0).reshape(1), found))
+                brake.look(numbers[:2])
+                for optimizer in stepper.optimizer:
+                    optimizer.step()
+                stepper.model.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        values = Readback(numbers).numbers()
+        assert values == numbers.tolist()
+    finally:
+        dist.close()
+
+
+def test_a_non_finite_loss_that_is_heard_of_late_never_reaches_the_weights(
+    toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = BATCH_FAULTS["nan loss"](6)(train_module.forward_backward)
+    monkeypatch.setattr(train_module, "forward_backward", faulty)
+    words = [f"run.dir={tmp_path / 'r'}", "parallel.precision=bf16", "checkpoint.every_steps=1"]
+    with pytest.raises(NonFiniteError, match="step 6"):
+        train_module.train(load_run(str(toy_recipe), words))
+    dist.close()
+    assert all(w.isfinite().all() for w in final_weights(tmp_path / "r").values())
+
+
+def test_mfu_and_memory_are_in_every_record_of_a_known_device(
+    toy_recipe: Path, tmp_path: Path
+) -> None:
+    train(toy_recipe, tmp_path / "r")
+    known = peak_flops(torch.device("cuda")) is not None
+    for record in read_metrics(tmp_path / "r" / "metrics.jsonl"):
+        if "train/loss" in record:
+            assert ("perf/mfu" in record) == known
+            assert record["perf/peak_memory_gib"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -21,6 +21,7 @@ LAYERS = [
         "data",
         "optim",
         "metrics",
+        "readback",
         "log",
         "watchdog",
         "guard",
@@ -37,6 +38,7 @@ LAYERS = [
         "parallel",
         "memory",
         "cost",
+        "profile",
         "coordinate_check",
         "commit",
         "safe_dcp",
@@ -52,8 +54,8 @@ LAYERS = [
         "eval",
     },
     {"run", "toy"},
-    {"train", "branch", "run_folder", "saver", "sinks", "plots", "inspection", "scaling"},
-    {"cli", "cli_data", "cli_science", "cli_fit", "cli_eval", "__main__"},
+    {"train", "bench", "branch", "run_folder", "saver", "sinks", "plots", "inspection", "scaling"},
+    {"cli", "cli_bench", "cli_data", "cli_science", "cli_fit", "cli_eval", "__main__"},
 ]
 APART = {"model", "data", "optim"}  # these never see each other
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from openlm_lite.errors import InputError
 from openlm_lite.model import eager
@@ -61,7 +61,7 @@ class FlexMask(NamedTuple):
 
 Mask = Tensor | FlexMask
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""causal attention of (q_BNTH, k_BKTH, v_BKTH)"""
+"""causal attention of (q_BNTH, k_BKTH, v_BKTH): see `kernels.py`"""
 
 
 def attend(
@@ -74,7 +74,8 @@ def attend(
     """Softmax attention, causal where no mask is given; N is a multiple of K.
 
     A mask is boolean ([T, S], or [B, 1, T, S] by document), or added to the scores ([N, T, S], or
-    [B, N, T, S] by document), or a FlexMask. `kernel` computes what is plainly causal.
+    [B, N, T, S] by document), or a FlexMask. `kernel` computes what is plainly causal; without
+    one, and with a mask of ours, a CPU in fp32 trains by `train_on_cpu`, the rest by `sdpa`.
     """
     grouped = k_BKSH.shape[1] != q_BNTH.shape[1]
     if isinstance(mask, FlexMask):
@@ -88,19 +89,32 @@ def attend(
             block_mask=mask.blocks,
             enable_gqa=grouped,
         )
-    if kernel is not None and mask is None:
+    if kernel is not None and kernel is not train_on_cpu and mask is None:
         return kernel(q_BNTH, k_BKSH, v_BKSH)
     on_cpu = q_BNTH.device.type == "cpu" and q_BNTH.dtype == torch.float32
     ours = mask is None or (mask.dtype == torch.bool and mask.dim() == 4)
-    if ours and on_cpu and q_BNTH.requires_grad:
-        return _train_on_cpu(q_BNTH, k_BKSH, v_BKSH, mask)  # pyright: ignore[reportCallIssue]
+    if ours and on_cpu and q_BNTH.requires_grad and kernel in (None, train_on_cpu):
+        return train_on_cpu(q_BNTH, k_BKSH, v_BKSH, mask)
+    return sdpa(q_BNTH, k_BKSH, v_BKSH, mask)
+
+
+def sdpa(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's attention, by the kernel that it picks."""
+    grouped = k_BKSH.shape[1] != q_BNTH.shape[1]
     return F.scaled_dot_product_attention(
         q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
 
 
+def train_on_cpu(
+    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """`eager.CausalAttention`, with a head of keys and values for each of the queries."""
+    return _by_blocks(q_BNTH, k_BKTH, v_BKTH, mask)  # pyright: ignore[reportCallIssue]
+
+
 @torch.compiler.disable  # a compiled block is two graphs around it
-def _train_on_cpu(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask: Tensor | None) -> Tensor:
+def _by_blocks(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask: Tensor | None) -> Tensor:
     repeats = q_BNTH.shape[1] // k_BKTH.shape[1]
     if repeats > 1:
         k_BKTH, v_BKTH = (t.repeat_interleave(repeats, dim=1) for t in (k_BKTH, v_BKTH))
@@ -151,6 +165,20 @@ def causal_mask(
 
 def _slopes(cfg: ModelConfig, device: torch.device) -> Tensor:
     return torch.tensor(alibi_slopes(cfg.n_heads, cfg.alibi_bias_max), device=device)
+
+
+def causal_flex_mask(cfg: ModelConfig | None, T: int, device: torch.device) -> FlexMask:
+    """Plainly causal, for FlexAttention; with the slopes of `cfg`, if it has ALiBi."""
+    slopes_N = _slopes(cfg, device) if cfg is not None and cfg.positions == "alibi" else None
+    return FlexMask(_causal_blocks(T, device), slopes_N)
+
+
+@functools.lru_cache(maxsize=4)  # a run has one or two lengths
+def _causal_blocks(T: int, device: torch.device) -> BlockMask:
+    def causal(b: Tensor, n: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    return create_block_mask(causal, None, None, T, T, device=device, BLOCK_SIZE=_FLEX_BLOCK)
 
 
 # --- continuations inside a row ------------------------------------------------------------------
@@ -285,7 +313,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.kernel: Kernel | None = None  # another one than `attend` has
+        self.kernel: Kernel | None = None  # set by `kernels.set_attention`, or by the layout
         self.n_heads, self.n_kv_heads, self.head_dim = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         qkv_bias = cfg.attn_bias != "none"
         self.wq = nn.Linear(cfg.d_model, cfg.q_width, bias=qkv_bias)

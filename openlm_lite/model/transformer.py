@@ -5,6 +5,8 @@ Shapes: B batch, T position, D d_model, V vocab, H head_dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from openlm_lite.model.attention import (
     KVCache,
     Mask,
     branch_mask,
+    causal_flex_mask,
     causal_mask,
     document_mask,
     positions_in_documents,
@@ -79,6 +82,8 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.causal_by_flex = False  # set by `kernels.set_attention`
+        self._rope: dict[Any, tuple[Tensor, Tensor]] = {}
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.positions == "learned":
             self.position_embedding = nn.Embedding(cfg.max_seq_len, cfg.d_model)
@@ -93,6 +98,18 @@ class Transformer(nn.Module):
     def head_weight_VD(self) -> Tensor:
         """The matrix that turns hidden states into logits."""
         return self.embedding.weight if self.cfg.tie_embeddings else self.output.weight
+
+    def _rope_tables(self, positions_T: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Computed once for all passes over the same positions.
+
+        Not a buffer: no checkpoint holds it, no cast touches it. A table from inference mode may
+        not enter a backward pass.
+        """
+        mode = torch.is_inference_mode_enabled()
+        key = (start, positions_T.shape[0], positions_T.device, type(positions_T), mode)
+        if key not in self._rope:
+            self._rope = {key: rope_tables(positions_T, self.cfg)}  # the last one alone
+        return self._rope[key]
 
     def forward(
         self,
@@ -134,9 +151,14 @@ class Transformer(nn.Module):
             raise InputError("a cache holds one document per row: doc_ids_BT cannot be given too")
         if branches is not None:
             positions_T = branches.positions_BT
-        elif positions_T is None:
+        in_order = positions_T is None
+        if positions_T is None:
             positions_T = torch.arange(start, start + T, device=tokens_BT.device)
-        rope = rope_tables(positions_T, self.cfg) if self.cfg.positions == "rope" else None
+        rope = None
+        if self.cfg.positions == "rope" and in_order:
+            rope = self._rope_tables(positions_T, start)
+        elif self.cfg.positions == "rope":
+            rope = rope_tables(positions_T, self.cfg)
 
         x_BTD = self.embedding(tokens_BT)
         if self.cfg.positions == "learned":
@@ -146,6 +168,8 @@ class Transformer(nn.Module):
             x_BTD = self.embedding_norm(x_BTD)
         if branches is not None:
             mask = branch_mask(self.cfg, branches, x_BTD.dtype)
+        elif doc_ids_BT is None and self.causal_by_flex and cache is None:
+            mask = causal_flex_mask(self.cfg, T, x_BTD.device)
         elif doc_ids_BT is None:
             mask = causal_mask(self.cfg, start, T, x_BTD.device, x_BTD.dtype)
         else:
