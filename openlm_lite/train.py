@@ -54,7 +54,7 @@ from openlm_lite.float8 import check_float8
 from openlm_lite.guard import Guard
 from openlm_lite.hf.source import Source, tokenizer_documents
 from openlm_lite.inherit import Record, first_weights, open_init_source
-from openlm_lite.layout import Layout, Sizes, build_layout
+from openlm_lite.layout import Sizes, build_layout
 from openlm_lite.model.kernels import Choice, choose_attention, set_attention
 from openlm_lite.model.loss import LossConfig
 from openlm_lite.model.transformer import Transformer
