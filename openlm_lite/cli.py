@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from openlm_lite import cli_bench, cli_data, cli_eval, cli_fit, cli_science, redact
+from openlm_lite import cli_bench, cli_data, cli_eval, cli_fit, cli_runs, cli_science, redact
 from openlm_lite.cli_data import print_result
 from openlm_lite.errors import InputError, RelayedError, RunError, SharedError
 
@@ -107,14 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         help="let a resumed run differ in this key (repeatable); refused otherwise",
     )
 
-    p = verb("plot", _plot, "draw the loss of runs, or the learning rate of recipes")
-    p.add_argument("runs", nargs="+", metavar="RUN")
-    p.add_argument(
-        "--schedule",
-        action="store_true",
-        help="instead of runs: recipes, each with its a.b=c words behind it",
-    )
-    p.add_argument("--out", help="PNG or SVG file (default RUN/loss.png, schedule.png)")
+    cli_runs.add_verbs(verb)
 
     p = verb("export", _export, "write a checkpoint as a Hugging Face folder")
     p.add_argument("checkpoint", help="run folder, or one of its step_… folders")
@@ -223,13 +216,6 @@ def _train(args: argparse.Namespace) -> int:
 
         log.setup_console()
         return train(load_run(args.recipe, args.overrides), args.allow_change, stop)
-
-
-def _plot(args: argparse.Namespace) -> int:
-    from openlm_lite.plots import plot_runs, plot_schedules
-
-    print((plot_schedules if args.schedule else plot_runs)(args.runs, args.out))
-    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

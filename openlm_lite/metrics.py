@@ -43,6 +43,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def device_name(device: torch.device) -> str:
+    """Such as `NVIDIA H200`, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def throughput(
     tokens: int, seconds: float, world_size: int, flops_per_token: int, device: torch.device
 ) -> dict[str, float]:

@@ -2,41 +2,107 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from openlm_lite import run
+from openlm_lite import curves
+from openlm_lite.curves import Curve, X
 from openlm_lite.errors import InputError
-from openlm_lite.log import read_metrics
 from openlm_lite.optim.schedule import lr_at
-from openlm_lite.run import RunConfig
+from openlm_lite.recorded import Recorded, one_line, read_run
+
+if TYPE_CHECKING:
+    from openlm_lite.run import RunConfig
 
 _POINTS = 2000  # of a curve; more than a picture is wide
+_X_LABELS = {
+    "step": "step",
+    "tokens": "tokens",
+    "flops": "FLOPs",
+    "time": "training time (hours)",
+}
+_SMALL = {  # panel under the loss: key, label
+    "train/lr": "learning rate",
+    "train/grad_norm": "gradient norm",
+    "perf/tokens_per_second": "tokens/s",
+}
 
 
-def plot_runs(runs: Sequence[str], out: str | None = None) -> str:
-    """Draw training loss (raw and smoothed) and validation losses against tokens.
+def plot_runs(
+    runs: Sequence[str], out: str | None = None, x: X = "tokens", window: int | None = None
+) -> str:
+    """Draw training loss (raw and smoothed), validation losses, rate, gradient norm and speed.
 
-    Returns the path of the picture: `out`, or loss.png in the first run's folder.
-    Raises InputError for a folder without a metrics.jsonl, or without matplotlib.
+    x: what they are drawn against. window: steps that the smoothing looks back over; None: a
+    fiftieth of each run. Returns the path of the picture: `out`, or loss.png in the first run's
+    folder. Raises InputError where no run has a training step, or without matplotlib.
     """
-    records = {name: read_metrics(Path(name) / "metrics.jsonl") for name in runs}
     path = _picture(out or Path(runs[0]) / "loss.png")
-    figure, axes = _figure()
-    for name, rows in records.items():
-        train = [(r["tokens"], r["train/loss"]) for r in rows if "train/loss" in r]
-        if not train:
-            raise InputError(f"{name}: its metrics.jsonl holds no training step yet")
-        tokens, loss = [t for t, _ in train], [v for _, v in train]
-        label = Path(name).name
-        (line,) = axes.plot(tokens, loss, linewidth=0.6, alpha=0.35)
-        axes.plot(tokens, _smooth(loss), color=line.get_color(), label=f"{label} train")
-        for key in sorted({k for r in rows for k in r if k.startswith("val/")}):
-            points = [(r["tokens"], r[key]) for r in rows if key in r]
-            axes.plot(*zip(*points, strict=True), "o--", markersize=4, label=f"{label} {key}")
-    axes.set_ylabel("loss (nats per token)")
-    return _save(figure, axes, path)
+    found = [read_run(Path(name), all_records=True) for name in runs]
+    for run in found:
+        for note in run.notes:
+            print(f"openlm: {run.path}: {one_line(note)}", file=sys.stderr)
+    drawn = [run for run in found if run.trained]
+    if missing := [str(run.path) for run in found if not run.trained]:
+        text = f"{', '.join(missing)}: no metrics.jsonl with a training step yet"
+        if not drawn:
+            raise InputError(text)
+        print(f"openlm: {text}", file=sys.stderr)
+    figure, axes = _panels()
+    for run, label in zip(drawn, curves.labels([run.path for run in drawn]), strict=True):
+        _draw_run(axes, run, one_line(label, 60), x, window)
+    axes["loss"].set_ylabel("loss (nats per token)")
+    axes["loss"].legend(fontsize=8)
+    for key, label in _SMALL.items():
+        axes[key].set_ylabel(label, fontsize=9)
+        axes[key].tick_params(labelsize=8)
+        if axes[key].lines and key != "train/lr":
+            _limit(axes[key])
+    for each in axes.values():
+        each.set_xlabel(_X_LABELS[x], fontsize=9)
+        each.grid(alpha=0.3)
+    return _save(figure, path)
+
+
+def _draw_run(axes: dict[str, Any], run: Recorded, label: str, x: X, window: int | None) -> None:
+    axis = curves.axis_of(run)
+    flops = run.sizes.flops_per_token if run.sizes else None
+    if x == "flops" and flops is None:
+        raise InputError(f"{run.path}: its FLOPs are not known; use --x tokens, step or time")
+
+    def points(curve: Curve) -> tuple[list[float], list[float]]:
+        curve = curves.thin(curve, _POINTS)
+        places = curves.at(axis, curve.step, x, flops or 0.0)
+        return [p / 3600 if x == "time" else p for p in places], curve.value
+
+    window = window or curves.window_of(len(axis.step))
+    loss = curves.curve_of(run.records, "train/loss")
+    smoothed = Curve(loss.step, curves.smooth(loss.value, window))
+    (line,) = axes["loss"].plot(*points(loss), linewidth=0.6, alpha=0.35)
+    colour = line.get_color()
+    axes["loss"].plot(*points(smoothed), color=colour, label=f"{label} train")
+    keys = {k for r in run.records for k in r if k.startswith("val/") and k.endswith("/loss")}
+    for key in sorted(keys):
+        curve = curves.curve_of(run.records, key)
+        axes["loss"].plot(*points(curve), "o--", markersize=4, label=f"{label} {key}")
+    for key in _SMALL:
+        curve = curves.curve_of(run.records, key)
+        if key == "train/lr":
+            axes[key].plot(*points(curve), color=colour)
+            continue
+        axes[key].plot(*points(curve), color=colour, linewidth=0.5, alpha=0.35)
+        smoothed = Curve(curve.step, curves.smooth(curve.value, window))
+        axes[key].plot(*points(smoothed), color=colour, linewidth=1.2)
+
+
+def _limit(axes: Any) -> None:
+    """The y axis for nearly all values: one odd step must not press the others to a line."""
+    values = sorted(v for line in axes.lines for v in line.get_ydata())
+    low, high = values[len(values) // 200], values[-1 - len(values) // 200]
+    if high > low:
+        axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
 
 
 def plot_schedules(words: Sequence[str], out: str | None = None) -> str:
@@ -45,25 +111,31 @@ def plot_schedules(words: Sequence[str], out: str | None = None) -> str:
     words: recipes, each with the `a.b=c` words behind it. Returns the path of the picture: `out`,
     or schedule.png. Raises InputError as `load_run` does, or without matplotlib.
     """
-    curves: list[tuple[str, list[str]]] = []
+    from openlm_lite.run import load_run  # slow: torch
+
+    recipes: list[tuple[str, list[str]]] = []
     for word in words:
         if "=" not in word:
-            curves.append((word, []))
-        elif not curves:
+            recipes.append((word, []))
+        elif not recipes:
             raise InputError(f"{word}: stands before any recipe; put it behind the one it is of")
         else:
-            curves[-1][1].append(word)
+            recipes[-1][1].append(word)
     found = [
-        (" ".join([Path(name).stem, *overrides]), schedule_points(run.load_run(name, overrides)))
-        for name, overrides in curves
+        (" ".join([Path(name).stem, *overrides]), schedule_points(load_run(name, overrides)))
+        for name, overrides in recipes
     ]
     path = _picture(out or "schedule.png")
-    figure, axes = _figure()
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
     for label, points in found:
         axes.plot(*zip(*points, strict=True), label=label)
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
-    return _save(figure, axes, path)
+    axes.set_xlabel("tokens")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, path)
 
 
 def schedule_points(cfg: RunConfig) -> list[tuple[int, float]]:
@@ -79,11 +151,13 @@ def _picture(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise InputError(f"{path}: the picture can be .png or .svg")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}")
     return path
 
 
-def _figure() -> tuple[Any, Any]:
-    """matplotlib's figure and axes, drawn without a screen."""
+def _pyplot() -> Any:
+    """matplotlib, drawing without a screen."""
     try:
         import matplotlib
     except ImportError:
@@ -91,26 +165,26 @@ def _figure() -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    return plt.subplots(figsize=(8, 5), constrained_layout=True)
+    # what stands in a name is no mathematics
+    plt.rcParams["text.parse_math"] = False
+    return plt
 
 
-def _save(figure: Any, axes: Any, path: Path) -> str:
+def _panels() -> tuple[Any, dict[str, Any]]:
+    """A figure with a large panel, `loss`, and a row of small ones under it."""
+    small = list(_SMALL)
+    return _pyplot().subplot_mosaic(
+        [["loss"] * len(small), ["loss"] * len(small), small],
+        figsize=(10, 7.5),
+        constrained_layout=True,
+    )
+
+
+def _save(figure: Any, path: Path) -> str:
     from matplotlib import pyplot as plt
 
-    axes.set_xlabel("tokens")
-    axes.grid(alpha=0.3)
-    axes.legend()
     temporary = path.with_name(f".tmp-{path.name}")
     figure.savefig(temporary, dpi=120, format=path.suffix[1:])
     plt.close(figure)
     temporary.replace(path)
     return str(path)
-
-
-def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start (as in Adam)."""
-    smoothed, average = [], 0.0
-    for i, value in enumerate(values, 1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**i))
-    return smoothed

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from openlm_lite import dist, log, object_store, run, storage, telemetry
+from openlm_lite import dist, history, log, object_store, run, storage, telemetry
 from openlm_lite.checkpoint_place import Place, place_of, root_of
 from openlm_lite.commit import Commit, DamagedError, TrainState
 from openlm_lite.data.sources import check_same_data
 from openlm_lite.data.stream import TokenStream
-from openlm_lite.errors import InputError
+from openlm_lite.errors import InputError, RelayedError, SharedError
 from openlm_lite.remote_lock import RemoteLock, this_process
 from openlm_lite.run import RunConfig
 
@@ -80,12 +81,17 @@ def run_folder(
         for change in changes:
             log.logger.warning("changed on resume: %s", change)
 
+    claimed = False
     try:
         dist.on_main(claim)
+        claimed = True
         yield place_of(root, str(folder / "checkpoints"), next(iter(remote_locks), None))
     except Exception as e:
         if locks:
             log.logger.error("ended by %s: %s", type(e).__name__, e)
+        if locks or (claimed and not isinstance(e, SharedError | RelayedError)):
+            error = f"{type(e).__name__}: {e}"
+            history.note(folder, "failed", error=error, rank=dist.rank())
         raise
     finally:
         for lock in remote_locks:
@@ -186,7 +192,7 @@ def take_lock(folder: Path, setting: str) -> IO[str]:
     """
     file = (folder / "lock").open("a+", encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip()
@@ -204,3 +210,12 @@ def take_lock(folder: Path, setting: str) -> IO[str]:
     file.write(f"pid {os.getpid()} on {os.uname().nodename}\n")
     file.flush()
     return file
+
+
+def _lock(file: IO[str]) -> None:
+    """Raises BlockingIOError where another process has it, and not only to look (recorded.py)."""
+    for _ in range(10):
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.02)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openlm_lite import config, dist, log, metrics
+import torch
+
+import openlm_lite
+from openlm_lite import config, dist, history, log, metrics
 from openlm_lite.commit import TrainState
 from openlm_lite.data.stream import TokenStream
 from openlm_lite.dist import World
@@ -79,6 +83,17 @@ class Sinks:
         self.file = log.MetricsFile(self.folder / "metrics.jsonl", resume_step)
         tree = redacted_tree(config.to_plain(self.cfg))
         self.telemetry = Telemetry(self.cfg.log, self.folder, self.folder.name, tree, resume_step)
+        self.note(
+            "start",
+            step=max(0, resume_step),
+            resumed=resume_step >= 0,
+            world_size=self.world.world_size,
+            device=metrics.device_name(self.world.device),
+            host=os.uname().nodename,
+            precision=self.cfg.parallel.precision,
+            version=openlm_lite.__version__,
+            torch=str(torch.__version__),
+        )
 
     def close(self) -> None:
         if self.telemetry is not None:
@@ -91,6 +106,16 @@ class Sinks:
         if self.file is not None and self.telemetry is not None:
             self.file.write(record)
             self.telemetry.record(record)
+
+    def note(self, event: str, **values: Any) -> None:
+        """One event of the run's history, with the time of day."""
+        if self.file is not None:
+            history.note(self.folder, event, **values)
+
+    def ended(self, event: str, state: TrainState, message: str) -> None:
+        """The last words: `event` is done or stopped."""
+        self.note(event, step=state.step)
+        self.say(message)
 
     def say(self, message: str) -> None:
         if self.file is not None:
@@ -175,6 +200,13 @@ class Sinks:
     def saved(self, saves: Sequence[Saved]) -> None:
         """Tell of checkpoints that are whole by now, and of saves that failed."""
         for save in saves:
+            self.note(
+                "save failed" if save.problem else "saved",
+                step=save.state.step,
+                **({"problem": save.problem} if save.problem else {"path": save.path}),
+                seconds=round(save.seconds, 3),
+                stalled_seconds=round(save.stalled_seconds, 3),
+            )
             if save.problem:
                 self.say(
                     f"ALARM: the checkpoint of step {save.state.step} could not be saved: "

@@ -14,6 +14,7 @@ A run folder::
       stacks-rank0.txt  what a rank did when its watchdog ended it
       tokenizer.json    of the data, which each checkpoint holds too, for exports and generation
       checkpoints/step_00001000/…
+      events.jsonl      every start, save and end, with the time of day; only added to
       stopped.json      after a stop on request: the step; gone once training goes on
       lock              held by the running process
 """
@@ -230,12 +231,15 @@ class Loop:
                 self.save(must_succeed=done or stop_wanted)
             if stop_wanted and not done:
                 dist.on_main(lambda: mark_stopped(self.folder, self.state))
-                sinks.say(
-                    f"stopped on request after step {self.state.step}; the same command resumes"
+                sinks.ended(
+                    "stopped",
+                    self.state,
+                    f"stopped on request after step {self.state.step}; the same command resumes",
                 )
                 return STOPPED
         state = self.state
-        sinks.say(f"done: {state.step} steps, {log.human(state.tokens)} tokens, in {self.folder}")
+        tokens = log.human(state.tokens)
+        sinks.ended("done", state, f"done: {state.step} steps, {tokens} tokens, in {self.folder}")
         return DONE
 
     def step(self) -> bool:

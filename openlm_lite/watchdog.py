@@ -32,6 +32,7 @@ from pathlib import Path
 from types import FrameType, FunctionType, TracebackType
 from typing import Literal, NamedTuple, NoReturn, TypeVar
 
+from openlm_lite import history
 from openlm_lite.errors import InputError
 from openlm_lite.stop import INTERRUPTED, StopRequest
 
@@ -270,6 +271,8 @@ class Watchdog:
                 path.open("a", encoding="utf-8", errors="backslashreplace") as f,
             ):
                 f.write(lines)
+        if stacks and self.stacks_folder is not None:  # last: where it fails, it tells the log
+            history.note(self.stacks_folder, "failed", error=text.strip(), rank=self._rank)
 
 
 def _said(phase: _Phase) -> str:

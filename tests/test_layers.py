@@ -28,6 +28,7 @@ LAYERS = [
         "telemetry",
         "wandb_sink",
         "wandb_process",
+        "history",
     },
     {
         "layout",
@@ -54,8 +55,31 @@ LAYERS = [
         "eval",
     },
     {"run", "toy"},
-    {"train", "bench", "branch", "run_folder", "saver", "sinks", "plots", "inspection", "scaling"},
-    {"cli", "cli_bench", "cli_data", "cli_science", "cli_fit", "cli_eval", "__main__"},
+    {
+        "train",
+        "bench",
+        "branch",
+        "run_folder",
+        "saver",
+        "sinks",
+        "inspection",
+        "scaling",
+        "recorded",
+        "runs",
+        "curves",
+        "plots",
+        "report",
+    },
+    {
+        "cli",
+        "cli_bench",
+        "cli_data",
+        "cli_science",
+        "cli_fit",
+        "cli_eval",
+        "cli_runs",
+        "__main__",
+    },
 ]
 APART = {"model", "data", "optim"}  # these never see each other
 FILES = sorted(PACKAGE.rglob("*.py"))
