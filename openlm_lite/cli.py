@@ -214,7 +214,7 @@ def _train(args: argparse.Namespace) -> int:
         from openlm_lite.run import load_run
         from openlm_lite.train import train
 
-        log.setup_console()
+        log.setup_console(rank=int(os.environ.get("RANK", "0")))
         return train(load_run(args.recipe, args.overrides), args.allow_change, stop)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,13 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from openlm_lite import redact
+from openlm_lite.console import ConsoleHandler, OnceFilter, bar
 from openlm_lite.errors import InputError
 
 logger = logging.getLogger("openlm_lite")
+_warnings = logging.getLogger("py.warnings")
 
 
 class LogFile(logging.FileHandler):
     """`log.txt`. A full disk must not end a run, nor fill its console: that shows all messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # it may be opened here, by a rank on a machine without run.dir
+            if self.stream is None:
+                os.makedirs(os.path.dirname(self.baseFilename), exist_ok=True)
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -29,27 +36,52 @@ class LogFile(logging.FileHandler):
             super().close()
 
 
-def setup_console(log_file: Path | None = None) -> None:
-    """Messages of this process on standard error and, with `log_file`, appended there too."""
+def setup_console(log_file: Path | None = None, rank: int = 0) -> None:
+    """Messages of this process on standard error and, with `log_file`, appended there too.
+
+    Warnings of libraries go the same way, each once. Of a rank other than 0 only errors are shown:
+    what it says besides is in its file, which is there once it says something.
+    """
+    close_console()
     formatter = redact.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    shown = ConsoleHandler()
+    shown.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    handlers: list[logging.Handler] = [shown]
     if log_file is not None:
-        handlers.append(LogFile(log_file, encoding="utf-8"))
+        handlers.append(LogFile(log_file, encoding="utf-8", delay=rank != 0))
+    once = OnceFilter()
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
+        _warnings.addHandler(handler)
+    _warnings.addFilter(once)
+    _warnings.propagate = False
+    logging.captureWarnings(True)
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
 def close_console() -> None:
-    """Let go of the log file."""
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+    """Let go of the log file, and of the warnings."""
+    logging.captureWarnings(False)
+    _warnings.filters.clear()
+    for each in (_warnings, logger):
+        for handler in list(each.handlers):
+            each.removeHandler(handler)
+            handler.close()
+
+
+def show_progress(record: Mapping[str, Any], total_steps: int, seconds_left: float) -> None:
+    """The live line of a terminal; nothing elsewhere."""
+    for handler in logger.handlers:
+        if isinstance(handler, ConsoleHandler) and handler.is_live:
+            step = record["step"]
+            handler.show(
+                f"{step:>{len(str(total_steps))}}/{total_steps} {bar(step, total_steps)} "
+                f"{100 * step / total_steps:3.0f} %  loss {record['train/loss']:.4f}  "
+                f"{human(record['perf/tokens_per_second'])} tokens/s  "
+                f"left {duration(seconds_left)}"
+            )
 
 
 class MetricsFile:

@@ -85,6 +85,8 @@ def run_folder(
     try:
         dist.on_main(claim)
         claimed = True
+        if dist.rank() > 0:
+            log.setup_console(folder / f"log-rank{dist.rank()}.txt", dist.rank())
         yield place_of(root, str(folder / "checkpoints"), next(iter(remote_locks), None))
     except Exception as e:
         if locks:

@@ -12,6 +12,7 @@ import torch
 
 import openlm_lite
 from openlm_lite import config, dist, history, log, metrics
+from openlm_lite.banner import banner_lines
 from openlm_lite.commit import TrainState
 from openlm_lite.data.stream import TokenStream
 from openlm_lite.dist import World
@@ -24,6 +25,7 @@ from openlm_lite.saver import Saved
 from openlm_lite.telemetry import Telemetry
 
 _SHOWN = 6  # scores in a line for people
+_ESTIMATE_AFTER = 10  # steps: the first ones compile and fill caches
 
 
 def every(n: int, step: int) -> bool:
@@ -67,6 +69,7 @@ class Sinks:
         self.cfg, self.folder, self.world = cfg, folder, world
         self.flops_per_token = cfg.model.flops_per_token(cfg.data.seq_len)
         self.seconds_per_token = 0.0
+        self.n_steps = 0  # of this process
         self.file: log.MetricsFile | None = None
         self.telemetry: Telemetry | None = None
         self.told: set[tuple[str, str]] = set()  # what was said of tasks without a score
@@ -126,16 +129,8 @@ class Sinks:
     ) -> None:
         """What begins here, or goes on after `resume_step` (-1: from the start)."""
         cfg, world = self.cfg, self.world
-        sizes = cfg.parallel.sizes(world.world_size)
-        layout = "" if sizes.shards == world.world_size else f", {sizes.describe()}"
-        growing = "" if cfg.batch_at(0) == cfg.global_batch else f"{cfg.batch_at(0)} to "
-        self.say(
-            f"{log.human(cfg.model.n_params)} parameters, {cfg.steps} steps of "
-            f"{growing}{cfg.global_batch} x {cfg.data.seq_len} tokens, "
-            f"{world.world_size} x {world.device.type} ({cfg.parallel.precision}{layout}), "
-            f"data {self._described(stream)}"
-        )
-        self.say(f"attention by {attention.name} ({attention.why})")
+        for line in banner_lines(cfg, world, stream, attention):
+            self.say(line)
         for start, shares in stream.mixture.describe() if stream.mixture else ():
             listed = ", ".join(f"{name} {share:.6g}" for name, share in shares.items())
             self.say(f"from token {start * cfg.data.seq_len}: {listed}")
@@ -144,12 +139,6 @@ class Sinks:
         elif origin is not None:
             for line in describe(origin, cfg.model.init_from):
                 self.say(line)
-
-    def _described(self, stream: TokenStream) -> str:
-        sets = [rows.dataset for rows in stream.sources]
-        return ", ".join(
-            f"{s.folder} ({log.human(s.n_blocks * s.block_tokens)} tokens)" for s in sets
-        )
 
     def step(
         self,
@@ -192,10 +181,15 @@ class Sinks:
         # a moving average over about ten steps, for a calm estimate of the time left
         weight = 0.1 if self.seconds_per_token else 1.0
         self.seconds_per_token += weight * (clock.total / n_tokens - self.seconds_per_token)
+        self.n_steps += 1
+        tokens_left = self.cfg.tokens_at(self.cfg.steps) - self.cfg.tokens_at(state.step)
+        left = tokens_left * self.seconds_per_token
+        if self.n_steps == _ESTIMATE_AFTER < self.cfg.steps:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
+            self.say(f"about {log.duration(left)} to go, until {when} (validations come on top)")
         if every(self.cfg.log.every_steps, state.step) or state.step == self.cfg.steps:
-            tokens_left = self.cfg.tokens_at(self.cfg.steps) - self.cfg.tokens_at(state.step)
-            left = tokens_left * self.seconds_per_token
             self.say(log.step_line(record, self.cfg.steps, left))
+        log.show_progress(record, self.cfg.steps, left)
 
     def saved(self, saves: Sequence[Saved]) -> None:
         """Tell of checkpoints that are whole by now, and of saves that failed."""

@@ -29,6 +29,7 @@ LAYERS = [
         "wandb_sink",
         "wandb_process",
         "history",
+        "console",
     },
     {
         "layout",
@@ -62,6 +63,7 @@ LAYERS = [
         "run_folder",
         "saver",
         "sinks",
+        "banner",
         "inspection",
         "scaling",
         "recorded",

@@ -1,0 +1,48 @@
+"""What a run says of itself at its start, in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from openlm_lite.data.stream import TokenStream
+from openlm_lite.dist import World
+from openlm_lite.log import human
+from openlm_lite.metrics import device_name
+from openlm_lite.model.kernels import Choice
+from openlm_lite.run import RunConfig
+
+
+def banner_lines(
+    cfg: RunConfig, world: World, stream: TokenStream, attention: Choice
+) -> Iterator[str]:
+    """Model, data, length, batch, devices, attention."""
+    model, steps, tokens = cfg.model, cfg.steps, cfg.tokens_at(cfg.steps)
+    flops = model.flops_per_token(cfg.data.seq_len)
+    yield (
+        f"model    {human(model.n_params)} parameters ({human(model.n_params_non_embedding)} "
+        f"without embeddings): {model.n_layers} layers, d_model {model.d_model}, vocabulary "
+        f"{model.vocab_size:,}"
+    )
+    sets = [rows.dataset for rows in stream.sources]
+    listed = ", ".join(f"{s.folder} ({human(s.n_blocks * s.block_tokens)} tokens)" for s in sets)
+    yield f"data     {listed}"
+    yield (
+        f"length   {steps:,} steps, {human(tokens)} tokens ({tokens / model.n_params:.3g} per "
+        f"parameter), {tokens * flops:.3g} FLOPs"
+    )
+    growing = "" if cfg.batch_at(0) == cfg.global_batch else f"{cfg.batch_at(0)} to "
+    sizes = cfg.parallel.sizes(world.world_size)
+    micro = cfg.micro_batches(sizes.data_ranks, steps - 1)
+    rows = cfg.global_batch // (micro * sizes.data_ranks)
+    ranks = "ranks" if sizes.data_ranks == world.world_size else "data ranks"
+    yield (
+        f"batch    {growing}{cfg.global_batch} x {cfg.data.seq_len} tokens: {sizes.data_ranks} "
+        f"{ranks} x {micro} micro-batches x {rows} rows"
+    )
+    compiled = ", compiled" if cfg.parallel.compile else ""
+    layout = "" if sizes.shards == world.world_size else f", {sizes.describe()}"
+    yield (
+        f"devices  {world.world_size} x {device_name(world.device)}{layout}, "
+        f"{cfg.parallel.precision}{compiled}"
+    )
+    yield f"attention {attention.name} ({attention.why})"
