@@ -119,13 +119,7 @@ class RunConfig:
                 f"{self.model.max_seq_len}"
             )
         found += self._optim_problems()
-        tasks, layout = self.eval.tasks, self.parallel
-        if (tasks.suite or tasks.texts) and layout.tp * layout.cp > 1:
-            found.append(
-                f"eval.tasks: with parallel.tp = {layout.tp} and parallel.cp = {layout.cp} several "
-                "ranks share a row, which tasks cannot; leave it out, and ask the checkpoints "
-                "(openlm eval)"
-            )
+        found += self._eval_problems()
         if seq_len < 1 or self.global_batch_tokens < 1 or self.global_batch_tokens % seq_len:
             near = max(1, round(self.global_batch_tokens / max(1, seq_len))) * seq_len
             found.append(
@@ -158,6 +152,22 @@ class RunConfig:
                 )
             found += problems(self.parallel, self.model, seq_len, self.optim.name, masked)
         return found + check_averages(self.averages, self.steps, self.data.val)
+
+    def _eval_problems(self) -> list[str]:
+        tasks, layout = self.eval.tasks, self.parallel
+        if layout.tp * layout.cp == 1:
+            return []
+        asked = {
+            "eval.tasks": bool(tasks.suite or tasks.texts),
+            "eval.samples": bool(self.eval.samples.prompts),
+        }
+        return [
+            f"{name}: with parallel.tp = {layout.tp} and parallel.cp = {layout.cp} several ranks "
+            "share a row, which these cannot; leave them out, and ask the checkpoints (openlm "
+            "eval, openlm generate)"
+            for name, is_asked in asked.items()
+            if is_asked
+        ]
 
     def _optim_problems(self) -> list[str]:
         model, optim, found = self.model, self.optim, []

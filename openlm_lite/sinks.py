@@ -264,3 +264,11 @@ class Sinks:
             if (task, why) not in self.told:  # a long run says it once
                 self.told.add((task, why))
                 self.say(f"step {state.step}: no score of {task}: {why}")
+
+    def samples(self, state: TrainState, texts: Sequence[tuple[str, str]]) -> None:
+        """Continuations of prompts: all into the file, the first one to people."""
+        for prompt, text in texts:
+            record = {"step": state.step, "tokens": state.tokens}
+            self.record({**record, "sample/prompt": prompt, "sample/text": text})
+        for prompt, text in texts[:1]:
+            self.say(f"step {state.step}: {' '.join((prompt + text).split())[:100]}")

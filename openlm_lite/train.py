@@ -51,6 +51,7 @@ from openlm_lite.errors import InputError, RunError, SharedError
 from openlm_lite.eval.during import TaskEval
 from openlm_lite.eval.loss import validation_loss
 from openlm_lite.eval.measures import metrics_of, problems_of
+from openlm_lite.eval.samples import Sampler
 from openlm_lite.float8 import check_float8
 from openlm_lite.guard import Guard
 from openlm_lite.hf.source import Source, tokenizer_documents
@@ -91,9 +92,9 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
     check_float8(cfg.parallel.float8, cfg.run.device)
     train_sets, val_sets = open_sources(cfg.data, cfg.model.vocab_size)
     stream = open_stream(cfg.data, train_sets, cfg.tokens_at(cfg.steps))
-    tasks = TaskEval(
-        cfg.eval.tasks, cfg.model, next(iter(train_sets.values())).folder, tuple(val_sets)
-    )
+    data_folder = next(iter(train_sets.values())).folder
+    tasks = TaskEval(cfg.eval.tasks, cfg.model, data_folder, tuple(val_sets))
+    sampler = Sampler(cfg.eval.samples, data_folder, cfg.model.max_seq_len, cfg.model.vocab_size)
     folder = Path(cfg.run.dir).expanduser()
     source = open_init_source(
         cfg.model.init_from, cfg.model.architecture, folder, cfg.checkpoint.dir
@@ -116,11 +117,20 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
         )
         place = at_end.enter_context(run_folder(cfg, folder, stream, allow_change))
         watchdog.stacks_folder = folder
-        loop = Loop(cfg, folder, place, stream, val_sets, tasks, world, stop, watchdog, attention)
+        evals = Evals(val_sets, tasks, sampler)
+        loop = Loop(cfg, folder, place, stream, evals, world, stop, watchdog, attention)
         at_end.callback(loop.close)
         loop.begin(source, allow_change)
         del source  # and with it what it has open
         return loop.run()
+
+
+class Evals(NamedTuple):
+    """What is measured along the run."""
+
+    val_sets: Mapping[str, Dataset]
+    tasks: TaskEval
+    sampler: Sampler
 
 
 class Loop:
@@ -132,15 +142,14 @@ class Loop:
         folder: Path,
         place: Place,
         stream: TokenStream,
-        val_sets: Mapping[str, Dataset],
-        tasks: TaskEval,
+        evals: Evals,
         world: World,
         stop: StopRequest,
         watchdog: Watchdog,
         attention: Choice,
     ) -> None:
         self.cfg, self.folder, self.place, self.world = cfg, folder, place, world
-        self.stream, self.val_sets, self.tasks = stream, val_sets, tasks
+        self.stream, self.evals = stream, evals
         self.stop, self.watchdog = stop, watchdog
         self.schedule = cfg.schedule_in_steps
         self.layout = build_layout(cfg.parallel, world)
@@ -225,7 +234,7 @@ class Loop:
             done = self.state.step == cfg.steps
             if done or every(cfg.eval.every_steps, self.state.step):
                 self.validate()
-            if self.tasks.due(self.state.step, before.tokens, self.state.tokens, done):
+            if self.evals.tasks.due(self.state.step, before.tokens, self.state.tokens, done):
                 self.evaluate()
             if done or stop_wanted or every(cfg.checkpoint.every_steps, self.state.step):
                 self.save(must_succeed=done or stop_wanted)
@@ -384,16 +393,19 @@ class Loop:
                 self.sinks.saved(self.saver.finish(must_succeed))
 
     def validate(self) -> None:
-        """The loss on every validation set, of the weights and of their averages."""
+        """The loss on every validation set, of the weights and of their averages; samples."""
         self.settle()
         self.validate_weights()
+        with self.watchdog.watch("validation"):
+            texts = self.evals.sampler.texts(self.model, self.world.device)
+        self.sinks.samples(self.state, texts)
         for average in self.averages.updated:
             with self.averages.in_place(average):
                 self.validate_weights(f"/{average}")
 
     def validate_weights(self, suffix: str = "") -> None:
         """The loss of the weights in place; `suffix` follows the source in the metric's name."""
-        for name, dataset in self.val_sets.items():
+        for name, dataset in self.evals.val_sets.items():
             batches = val_batches(
                 dataset,
                 seq_len=self.cfg.data.seq_len,
@@ -421,7 +433,7 @@ class Loop:
         dtype = DTYPES[self.cfg.parallel.precision]
         with self.watchdog.watch("validation"):
             try:
-                found = self.tasks.measure(self.model, dtype, self.watchdog.beat)
+                found = self.evals.tasks.measure(self.model, dtype, self.watchdog.beat)
             except RunError as e:  # all ranks alike
                 self.sinks.say(f"step {self.state.step}: no scores: {e}")
                 return

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from openlm_lite.data.stream import Batch
 from openlm_lite.errors import InputError
 from openlm_lite.eval.during import TaskEvalConfig
+from openlm_lite.eval.samples import SampleConfig
 from openlm_lite.model.transformer import Transformer
 
 
@@ -23,6 +24,7 @@ class EvalConfig:
     tokens: int = 1_000_000
     """of each source, from its start"""
     tasks: TaskEvalConfig = field(default_factory=TaskEvalConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.tokens < 1:
