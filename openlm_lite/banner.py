@@ -18,10 +18,11 @@ def banner_lines(
     """Model, data, length, batch, devices, attention."""
     model, steps, tokens = cfg.model, cfg.steps, cfg.tokens_at(cfg.steps)
     flops = model.flops_per_token(cfg.data.seq_len)
+    inner = model.n_params_non_embedding
+    without = "" if inner == model.n_params else f" ({human(inner)} without the embedding)"
     yield (
-        f"model    {human(model.n_params)} parameters ({human(model.n_params_non_embedding)} "
-        f"without embeddings): {model.n_layers} layers, d_model {model.d_model}, vocabulary "
-        f"{model.vocab_size:,}"
+        f"model    {human(model.n_params)} parameters{without}: {model.n_layers} layers, "
+        f"d_model {model.d_model}, vocabulary {model.vocab_size:,}"
     )
     sets = [rows.dataset for rows in stream.sources]
     listed = ", ".join(f"{s.folder} ({human(s.n_blocks * s.block_tokens)} tokens)" for s in sets)
@@ -35,10 +36,10 @@ def banner_lines(
     micro = cfg.micro_batches(sizes.data_ranks, steps - 1)
     rows = cfg.global_batch // (micro * sizes.data_ranks)
     ranks = "ranks" if sizes.data_ranks == world.world_size else "data ranks"
-    yield (
-        f"batch    {growing}{cfg.global_batch} x {cfg.data.seq_len} tokens: {sizes.data_ranks} "
-        f"{ranks} x {micro} micro-batches x {rows} rows"
+    parts = f"{sizes.data_ranks} {ranks} x {rows} rows" + (
+        f" x {micro} micro-batches" if micro > 1 else ""
     )
+    yield f"batch    {growing}{cfg.global_batch} x {cfg.data.seq_len} tokens: {parts}"
     compiled = ", compiled" if cfg.parallel.compile else ""
     layout = "" if sizes.shards == world.world_size else f", {sizes.describe()}"
     yield (

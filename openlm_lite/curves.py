@@ -45,9 +45,14 @@ def axis_of(run: Recorded) -> Axis:
 
 
 def curve_of(records: Sequence[dict[str, Any]], key: str) -> Curve:
-    """The finite numbers of `key`, by step."""
-    found = [(r["step"], v) for r in records if (v := number(r, key)) is not None]
-    return Curve([step for step, _ in found], [value for _, value in found])
+    """The finite numbers of `key`, by step; of several of one step the first."""
+    curve, last = Curve([], []), -1
+    for record in records:
+        if key in record and record["step"] > last and (value := number(record, key)) is not None:
+            last = record["step"]
+            curve.step.append(last)
+            curve.value.append(value)
+    return curve
 
 
 def at(axis: Axis, steps: Sequence[int], x: X, flops_per_token: float) -> list[float]:

@@ -14,6 +14,7 @@ out and said in `notes`, one line each. The state of a run:
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,6 +72,11 @@ class Recorded:
     def trained(self) -> list[dict[str, Any]]:
         """The records of training steps."""
         return [r for r in self.records if "train/loss" in r]
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        """All names that a record has."""
+        return sorted({key for record in self.records for key in record})
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def test_a_run_introduces_itself_once_and_estimates_its_end(
         assert lines[0].startswith("model    ") and "2 layers, d_model 32" in lines[0]
         assert lines[1].startswith("data     ") and "tokens)" in lines[1]
         assert lines[2].startswith("length   12 steps, 3.07k tokens (")
-        assert lines[3] == "batch    8 x 32 tokens: 2 ranks x 1 micro-batches x 4 rows"
+        assert lines[3] == "batch    8 x 32 tokens: 2 ranks x 4 rows"
         assert lines[4] == "devices  2 x cpu, fp32"
         assert [line for line in lines if re.match(r"about 0:00:\d\d to go, until \d{4}-", line)]
         assert "\x1b" not in text and text.count("model    ") == 1

@@ -353,13 +353,27 @@ def test_a_page_about_100k_steps_is_under_2_mb_and_keeps_a_spike_of_one_step(
         ({"core": 0.3, "extended": None, "categories": {"x": 0.1}}, {"core": 0.3}),
         ({"a": 0.5, "step": 3, "seconds": 12.5}, {"a": 0.5}),
         ([1, 2], {}),
+        (
+            {
+                "model": {"step": 7, "n_params": 9},
+                "core": 31.5,
+                "extended": None,
+                "baselines": "v2",
+                "aggregates": {"v1": {"core": 3.0}},
+                "tasks": {"a": {"accuracy": 0.5, "n": 3}, "b": {"accuracy": None}},
+                "lm_eval": {"tasks": {"c": {"acc,none": 0.25}}},
+                "texts": {"wiki": {"loss": 3.5, "bits_per_byte": 1.1}},
+                "seconds": 0.5,
+            },
+            {"core": 0.315, "a": 0.5, "lm_eval/c": 0.25, "texts/wiki": 3.5},
+        ),
         ({"tasks": {"a": {"accuracy": float("nan")}}}, {}),
     ],
 )
 def test_scores_are_found_in_the_forms_that_results_have(
     tmp_path: Path, content: Any, expected: dict[str, float]
 ) -> None:
-    (tmp_path / "eval.json").write_text(json.dumps(content))
+    (tmp_path / "result.json").write_text(json.dumps(content))
     scores, notes = scores_of(tmp_path)
     assert {task: score.value for task, score in scores.items()} == expected and not notes
 

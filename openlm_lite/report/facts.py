@@ -67,14 +67,13 @@ def summary(run: Recorded, axis: Axis) -> dict[str, str]:
 
 def val_losses(run: Recorded) -> dict[str, tuple[float, float]]:
     """Metric -> its last value and its best."""
-    found: dict[str, list[float]] = {}
-    for record in run.records:
-        for key in record:
-            if key.startswith("val/") and key.endswith("/loss"):
-                value = number(record, key)
-                if value is not None:
-                    found.setdefault(one_line(key, 80), []).append(value)
-    return {key: (values[-1], min(values)) for key, values in sorted(found.items())}
+    found = {}
+    for key in run.keys:
+        if key.startswith("val/") and key.endswith("/loss"):
+            values = [v for r in run.records if (v := number(r, key)) is not None]
+            if values:
+                found[one_line(key, 80)] = (values[-1], min(values))
+    return found
 
 
 def config_diff(runs: Sequence[Recorded]) -> list[Row]:
@@ -157,11 +156,10 @@ def evaluations(runs: Sequence[Recorded]) -> tuple[list[Row], list[str]]:
     notes: list[str] = []
     for run in runs:
         scores, problems = scores_of(run.path)
-        for record in run.records:  # those that were taken while it trained
-            for key in record:
-                value = number(record, key) if key.startswith("eval/") else None
-                if value is not None:
-                    name = one_line(key.removeprefix("eval/"), 80)
+        for key in run.keys:  # those that were taken while it trained
+            name = one_line(key.removeprefix("eval/").removesuffix("/accuracy"), 80)
+            for record in run.records if key.startswith("eval/") else ():
+                if (value := number(record, key)) is not None:
                     scores[name] = Score(value, f"step {record['step']:,}")
         found.append(scores)
         notes += [f"{one_line(run.name, 60)}: {text}" for text in problems]

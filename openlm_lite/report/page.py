@@ -23,7 +23,7 @@ import openlm_lite
 from openlm_lite import curves, storage
 from openlm_lite.curves import Axis, Curve
 from openlm_lite.errors import InputError
-from openlm_lite.recorded import Recorded, number, one_line, read_run
+from openlm_lite.recorded import Recorded, one_line, read_run
 from openlm_lite.report import facts
 
 _POINTS = 2000  # of one curve
@@ -155,18 +155,8 @@ def _data(runs: Sequence[Recorded], axes: Sequence[Axis], names: Sequence[str]) 
 
 def _curves(run: Recorded) -> dict[str, Curve]:
     """Every number of the records by its name, without those that are no curves."""
-    found: dict[str, Curve] = {}
-    for record in run.records:
-        for key, value in record.items():
-            if type(value) not in (int, float) or not _is_drawn(key):
-                continue
-            value = number(record, key)
-            if value is not None:
-                curve = found.setdefault(key, Curve([], []))
-                if not curve.step or record["step"] > curve.step[-1]:
-                    curve.step.append(record["step"])
-                    curve.value.append(value)
-    return found
+    found = {key: curves.curve_of(run.records, key) for key in run.keys if _is_drawn(key)}
+    return {key: curve for key, curve in found.items() if curve.step}
 
 
 def _is_drawn(key: str) -> bool:
@@ -246,4 +236,5 @@ def _points(curve: Curve) -> list[Sequence[float]]:
 
 def _short(values: Sequence[float], digits: int) -> list[float]:
     found = [float(f"{value:.{digits}g}") for value in values]
+    found = [v if abs(v) < float("inf") else value for v, value in zip(found, values, strict=True)]
     return [int(v) if abs(v) < 1e15 and v == int(v) else v for v in found]

@@ -1,7 +1,8 @@
 """Results of `openlm eval` that lie in a run's folder, as task -> score.
 
-Looked for: JSON files named *eval*.json, or in a folder `eval/`, of the run and of its checkpoints.
-A result says its numbers under names; which of them is a task's score, the table below tells.
+Looked for: every `result.json` below the folder, and JSON files named *eval*.json or in a folder
+`eval/`, of the run and of its checkpoints. A result says its numbers under names; which of them is
+a task's score, the tables below tell.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ _GLOBS = (
     "eval/*.json",
     "checkpoints/step_*/*eval*.json",
     "checkpoints/step_*/eval/*.json",
+    "**/result.json",
 )
 _MAX_BYTES = 16 << 20  # of a file
 _MAX_SCORES = 300  # of a run
 _SECTIONS = ("tasks", "results", "scores")  # hold one entry per task
 _SUMMARY = ("core", "extended", "aggregate")
+_NO_TASKS = (*_SUMMARY, "aggregates", "categories", "lm_eval", "texts", "settings", "model")
 _VALUES = ("score", "accuracy", "acc", "acc_norm", "exact_match", "value", "centered", "loss")
 
 
@@ -67,7 +70,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _where(path: Path, found: Any) -> str:
-    step = found.get("step") if isinstance(found, dict) else None
+    found = found if isinstance(found, dict) else {}
+    model = found.get("model")
+    step = model.get("step") if isinstance(model, dict) else found.get("step")
     for part in path.parts:
         step = step_of_folder(part) if step_of_folder(part) is not None else step
     return f"step {step:,}" if type(step) is int else one_line(path.name, 40)
@@ -76,12 +81,20 @@ def _where(path: Path, found: Any) -> str:
 def _scores(found: Any) -> Iterator[tuple[str, float]]:
     if not isinstance(found, Mapping):
         return
+    scale = 100 if "baselines" in found else 1  # `openlm eval` says the means in percent
     for name in _SUMMARY:
         value = _value(found.get(name))
         if value is not None:
-            yield name, value
+            yield name, value / scale
+    for name, inner in (("lm_eval", "tasks"), ("texts", None)):
+        section = found.get(name)
+        if inner is not None and isinstance(section, Mapping):
+            section = section.get(inner)
+        if isinstance(section, Mapping):
+            for task, value in _entries(section, named=True):
+                yield f"{name}/{task}", value
     sections = [found[s] for s in _SECTIONS if isinstance(found.get(s), Mapping | list)]
-    for section in sections or [{k: v for k, v in found.items() if k not in _SUMMARY}]:
+    for section in sections or [{k: v for k, v in found.items() if k not in _NO_TASKS}]:
         yield from _entries(section, named=bool(sections))
 
 
