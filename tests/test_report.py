@@ -214,7 +214,7 @@ def test_no_name_config_metric_or_text_of_a_run_becomes_a_part_of_the_page(tmp_p
     assert tags.count("script") == 2 and "img" not in tags and "iframe" not in tags
     assert not [a for _, a in elements if any(n.startswith("on") for n in a)]
     plain = {tag for tag, _ in Elements(page([read_run(clean, all_records=True)])).found}
-    assert set(tags) <= plain | {"p", "li", "ol"}
+    assert set(tags) <= plain | {"p", "li", "ul"}
     assert data_of(made)["runs"][0]["series"][HOSTILE]["raw"] == [[13], [1]]
 
 

@@ -283,7 +283,8 @@ def _figure(value: float, unit: str, digits: int) -> str:
 
 
 def _setting(value: Any) -> str:
-    return one_line(json.dumps(value, default=str) if isinstance(value, list) else value)
+    """As YAML would have it: null, true, [1, 2]."""
+    return one_line(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def _or_dash(value: Any, show: Any) -> str:
