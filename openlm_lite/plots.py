@@ -39,8 +39,8 @@ def plot_runs(
     fiftieth of each run. Returns the path of the picture: `out`, or loss.png in the first run's
     folder. Raises InputError where no run has a training step, or without matplotlib.
     """
-    path = _picture(out or Path(runs[0]) / "loss.png")
     found = [read_run(Path(name), all_records=True) for name in runs]
+    path = _picture(out or Path(runs[0]) / "loss.png")
     for run in found:
         for note in run.notes:
             print(f"openlm: {run.path}: {one_line(note)}", file=sys.stderr)
