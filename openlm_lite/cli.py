@@ -160,7 +160,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", help="instead of the model's own")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (default cpu)")
     p.add_argument("--json", action="store_true")
+    p = verb("completion", _completion, "print a script that completes words in a shell")
+    p.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     return parser
+
+
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise InputError('completion needs shtab: pip install "openlm-lite[completion]"') from None
+    print(shtab.complete(_parser(), args.shell))
+    return 0
 
 
 def _config(args: argparse.Namespace) -> int:
