@@ -35,7 +35,9 @@ def banner_lines(
     sizes = cfg.parallel.sizes(world.world_size)
     micro = cfg.micro_batches(sizes.data_ranks, steps - 1)
     rows = cfg.global_batch // (micro * sizes.data_ranks)
-    ranks = "ranks" if sizes.data_ranks == world.world_size else "data ranks"
+    ranks = "rank" if sizes.data_ranks == 1 else "ranks"
+    if sizes.data_ranks != world.world_size:
+        ranks = f"data {ranks}"
     parts = f"{sizes.data_ranks} {ranks} x {rows} rows" + (
         f" x {micro} micro-batches" if micro > 1 else ""
     )
@@ -46,4 +48,4 @@ def banner_lines(
         f"devices  {world.world_size} x {device_name(world.device)}{layout}, "
         f"{cfg.parallel.precision}{compiled}"
     )
-    yield f"attention {attention.name} ({attention.why})"
+    yield f"attention by {attention.name} ({attention.why})"

@@ -112,7 +112,9 @@ def is_beginning(path: Path, root: str) -> bool:
     if Path(os.path.abspath(root)).is_relative_to(os.path.abspath(path)):
         return True
     name = path.name
-    return name in ("lock", "log.txt") or (name.startswith(".") and "config.yaml" in name)
+    if name in ("lock", "log.txt", history.FILE_NAME) or name.startswith("log-rank"):
+        return True
+    return name.startswith(".") and "config.yaml" in name
 
 
 def mark_stopped(folder: Path, state: TrainState) -> None:

@@ -173,7 +173,7 @@ def test_a_run_that_fails_on_the_way_tells_and_writes_no_secret(
 
     told = f"GET https://me:canary@h/x?sig=canary {os.environ['HF_TOKEN']} {dict(os.environ)!r}"
 
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         log.logger.warning("before: %s", told)
         raise (RunError if how == "run" else ValueError)(told)
 
