@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_step.py [--minutes 7] [--sizes 160m 411m 1.4b] [--toy]
 
-One run of at most `--minutes`; it needs torch, and transformers for the peer (torchtitan and litgpt
-take part where they are installed: none of it is fetched). Order: rates of the device (matrix
+One run of at most `--minutes`; it needs torch, and transformers for the peer (litgpt takes part
+where it is installed: none of it is fetched). Order: rates of the device (matrix
 products, copies, every attention kernel), then for each size all subjects in turn, round after
 round, until that size's share of the time is used up. Every subject does the whole step on the same
 batch: bf16 forward and backward over fp32 master weights, clipping at norm 1, fused AdamW. Ours is
