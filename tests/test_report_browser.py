@@ -73,7 +73,8 @@ class Page:
             message = json.loads(entry["message"])["message"]
             if message["method"] == "Network.requestWillBeSent":
                 url = message["params"]["request"]["url"]
-                if url != self.url and not url.startswith("data:"):
+                # the browser's own first page loads its parts from chrome://
+                if url != self.url and not url.startswith(("data:", "chrome://")):
                     found.append(f"request: {url}")
         return found
 
