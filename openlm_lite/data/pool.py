@@ -51,11 +51,13 @@ def each_done(
         for job in jobs:
             yield job, function(job, *shared)
         return
+    mask = os.umask(0o077)  # to read it is to set it: for a moment to the narrowest
+    os.umask(mask)
     pool = ProcessPoolExecutor(
         workers,
         multiprocessing.get_context(_method()),
         initializer=_start,
-        initargs=(shared, dict(os.environ)),
+        initargs=(shared, dict(os.environ), mask),
     )
     try:
         futures = {pool.submit(_work, function, job): job for job in jobs}
@@ -75,11 +77,12 @@ def _method() -> str:
     return "forkserver" if len(os.fsencode(tempfile.gettempdir())) < 64 else "spawn"
 
 
-def _start(shared: tuple[Any, ...], environment: dict[str, str]) -> None:
+def _start(shared: tuple[Any, ...], environment: dict[str, str], mask: int) -> None:
     global _shared
     _shared = shared
+    os.umask(mask)  # as the environment is: the server's may be older
     os.environ.clear()
-    os.environ.update(environment)  # the server's may be older
+    os.environ.update(environment)
     redact.guard_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker
