@@ -121,9 +121,7 @@ def mark_stopped(folder: Path, state: TrainState) -> None:
     """Leave word, for whoever launches runs, that this one stopped on request and is saved."""
     try:
         storage.write_json(str(folder / STOPPED_NAME), {"step": state.step, "tokens": state.tokens})
-    except (
-        OSError
-    ) as e:  # a full disk: the checkpoint may be elsewhere, and the exit code tells too
+    except OSError as e:  # a full disk; the checkpoint may be elsewhere, the exit code tells too
         log.logger.warning("%s: not written: %s", folder / STOPPED_NAME, e)
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from openlm_lite import cli
 
-pytest.importorskip("shtab")
+
+def test_without_shtab_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == cli.BAD_INPUT
+    assert 'pip install "openlm-lite[completion]"' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -21,6 +28,7 @@ pytest.importorskip("shtab")
 def test_bash_completes_verbs_and_options(
     words: tuple[str, ...], completed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("shtab")
     assert cli.main(["completion", "bash"]) == 0
     script = tmp_path / "openlm.sh"
     script.write_text(capsys.readouterr().out)
@@ -36,5 +44,6 @@ def test_bash_completes_verbs_and_options(
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
 def test_other_shells_have_a_script_too(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
     assert cli.main(["completion", shell]) == 0
     assert "openlm" in capsys.readouterr().out

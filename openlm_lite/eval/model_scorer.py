@@ -103,13 +103,7 @@ class ModelScorer:
         device = self._weight.device
         # the last token predicts nothing
         tokens_BT = _padded([choice.tokens[:-1] for choice in choices], 0, device)
-        T = tokens_BT.shape[1]
-        at = [
-            row * T + i - 1
-            for row, choice in enumerate(choices)
-            for i in range(choice.start, len(choice.tokens))
-        ]
-        logits_nV = self.model(tokens_BT, logits_at=torch.tensor(at, device=device))
+        logits_nV = self.model(tokens_BT, logits_at=_before_answers(choices, tokens_BT))
         return _scores(logits_nV, choices)
 
     def _prefill(self, prefixes: Sequence[Tokens], room: int) -> tuple[KVCache, Tensor]:
@@ -196,13 +190,7 @@ class HFScorer:
         device = self.model.device
         tokens_BT = _padded([choice.tokens[:-1] for choice in choices], 0, device)
         logits_BTV = self.model(tokens_BT, use_cache=False).logits
-        T = tokens_BT.shape[1]
-        at = [
-            row * T + i - 1
-            for row, choice in enumerate(choices)
-            for i in range(choice.start, len(choice.tokens))
-        ]
-        logits_nV = logits_BTV.flatten(0, 1)[torch.tensor(at, device=device)].float()
+        logits_nV = logits_BTV.flatten(0, 1)[_before_answers(choices, tokens_BT)].float()
         scores = iter(_scores(logits_nV, choices))
         return [[next(scores) for _ in question] for question in questions]
 
@@ -237,6 +225,17 @@ class HFScorer:
 
 
 # --- both ----------------------------------------------------------------------------------------
+
+
+def _before_answers(choices: Sequence[Choice], tokens_BT: Tensor) -> Tensor:
+    """Where the tokens of the answers are predicted, one choice per row; of B * T positions."""
+    T = tokens_BT.shape[1]
+    at = [
+        row * T + i - 1
+        for row, choice in enumerate(choices)
+        for i in range(choice.start, len(choice.tokens))
+    ]
+    return torch.tensor(at, device=tokens_BT.device)
 
 
 def _scores(logits_nV: Tensor, choices: Sequence[Choice]) -> list[ChoiceScore]:
