@@ -24,6 +24,7 @@ from openlm_lite.checkpoint_place import Place, place_of, root_of
 from openlm_lite.commit import Commit, DamagedError, TrainState
 from openlm_lite.data.sources import check_same_data
 from openlm_lite.data.stream import TokenStream
+from openlm_lite.data.tokenizer import TOKENIZER_NAMES
 from openlm_lite.errors import InputError, RelayedError, SharedError
 from openlm_lite.remote_lock import RemoteLock, this_process
 from openlm_lite.run import RunConfig
@@ -73,7 +74,7 @@ def run_folder(
         changes = check_folder(cfg, folder, stream, allow_change)
         (folder / STOPPED_NAME).unlink(missing_ok=True)
         storage.write_bytes(str(folder / "config.yaml"), run.resolved_yaml(cfg).encode())
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        for name in TOKENIZER_NAMES:
             source = f"{stream.sources[0].dataset.folder}/{name}"
             if storage.exists(source):
                 storage.write_bytes(str(folder / name), storage.read_bytes(source))

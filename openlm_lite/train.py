@@ -396,12 +396,21 @@ class Loop:
         """The loss on every validation set, of the weights and of their averages; samples."""
         self.settle()
         self.validate_weights()
-        with self.watchdog.watch("validation"):
-            texts = self.evals.sampler.texts(self.model, self.world.device)
-        self.sinks.samples(self.state, texts)
+        self.sample()
         for average in self.averages.updated:
             with self.averages.in_place(average):
                 self.validate_weights(f"/{average}")
+
+    def sample(self) -> None:
+        """The texts of eval.samples. A model that gives none does not end the run."""
+        dtype = DTYPES[self.cfg.parallel.precision]
+        with self.watchdog.watch("validation"):
+            try:
+                texts = self.evals.sampler.texts(self.model, dtype, self.watchdog.beat)
+            except RunError as e:  # all ranks alike
+                self.sinks.say(f"step {self.state.step}: no samples: {e}")
+                return
+        self.sinks.samples(self.state, texts)
 
     def validate_weights(self, suffix: str = "") -> None:
         """The loss of the weights in place; `suffix` follows the source in the metric's name."""

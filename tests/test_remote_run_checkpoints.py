@@ -21,8 +21,7 @@ import torch
 from openlm_lite import object_store, remote_checkpoints, remote_lock
 from openlm_lite.checkpoint import resolve_checkpoint
 from openlm_lite.cli import main
-from openlm_lite.data.prepare_out import TOKENIZER_NAMES
-from openlm_lite.data.tokenizer import load_tokenizer
+from openlm_lite.data.tokenizer import TOKENIZER_NAMES, load_tokenizer
 from openlm_lite.errors import InputError
 from openlm_lite.hf.weights import checkpoint_weights
 from openlm_lite.inspection import inspect_path

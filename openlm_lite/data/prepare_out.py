@@ -23,12 +23,11 @@ from openlm_lite import storage
 from openlm_lite.data import manifest as manifest_module
 from openlm_lite.data.manifest import INFO_NAME, MANIFEST_NAME, DatasetInfo, ShardEntry
 from openlm_lite.data.plan import PrepareConfig
-from openlm_lite.data.tokenizer import Tokenizer
+from openlm_lite.data.tokenizer import TOKENIZER_NAMES, Tokenizer
 from openlm_lite.errors import InputError
 
 SCRATCH = ".prepare"
 REPORT_NAME = "report.json"
-TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
 _SAVED_TOKENIZER = "tokenizer-files"  # in the scratch
 
 

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ from openlm_lite.data.bpe import (
     to_tokenizer_json,
 )
 from openlm_lite.errors import InputError
-from openlm_lite.storage import write_bytes, write_json
+from openlm_lite.storage import exists, read_bytes, write_bytes, write_json
+
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json")
+"""the files that `Tokenizer.save` writes"""
 
 # What tokenizers call the token between documents, where their files do not say.
 EOT_NAMES = (
@@ -246,6 +250,18 @@ def _valid(text: str) -> str:
 
 
 # --- loading -------------------------------------------------------------------------------------
+
+
+def dataset_tokenizer(folder: str) -> Tokenizer | None:
+    """The tokenizer beside the shards in `folder`, a path or a URL; None where none lies there."""
+    if not exists(f"{folder}/{TOKENIZER_NAMES[0]}"):
+        return None
+    with tempfile.TemporaryDirectory() as copy:
+        for name in TOKENIZER_NAMES:
+            if exists(f"{folder}/{name}"):
+                data = read_bytes(f"{folder}/{name}")
+                write_bytes(str(Path(copy) / name), data)
+        return load_tokenizer(copy)
 
 
 def load_tokenizer(spec: str, *, eot: str | None = None) -> Tokenizer:

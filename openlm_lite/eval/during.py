@@ -6,9 +6,7 @@ once for each average. All ranks do this together, on the model as it is sharded
 
 from __future__ import annotations
 
-import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from openlm_lite import dist, storage
-from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
+from openlm_lite import dist
+from openlm_lite.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 from openlm_lite.errors import InputError
 from openlm_lite.eval.aiw import AIWConfig, check_aiw
 from openlm_lite.eval.held_out import check_source
@@ -145,18 +143,13 @@ def _tokenizer(spec: str | None, data_folder: str) -> Tokenizer:
     """The one that is named, else the one beside the training data, which may be at a URL."""
     if spec is not None:
         return load_tokenizer(spec)
-    names = ("tokenizer.json", "tokenizer_config.json")
-    places = {name: f"{data_folder.rstrip('/')}/{name}" for name in names}
-    if not storage.exists(places[names[0]]):
+    found = dataset_tokenizer(data_folder)
+    if found is None:
         raise InputError(
             f"{data_folder} holds no tokenizer.json; name the tokenizer that it was "
             "made with (eval.tasks.tokenizer)"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        for name, place in places.items():
-            if storage.exists(place):
-                storage.write_bytes(os.path.join(folder, name), storage.read_bytes(place))
-        return load_tokenizer(folder)
+    return found
 
 
 @contextmanager

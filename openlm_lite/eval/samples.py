@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from openlm_lite import storage
-from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
+from openlm_lite import dist
+from openlm_lite.data.tokenizer import dataset_tokenizer
 from openlm_lite.errors import InputError
+from openlm_lite.eval.during import untouched
+from openlm_lite.eval.generate import Sampling, cached_steps, stream_ids
 from openlm_lite.model.transformer import Transformer
 
 
@@ -43,7 +43,13 @@ class Sampler:
         self.ids: list[list[int]] = []
         if not cfg.prompts:
             return
-        self.tokenizer = _tokenizer_of(data_folder)
+        found = dataset_tokenizer(data_folder)
+        if found is None:
+            raise InputError(
+                f"eval.samples.prompts: {data_folder} holds no tokenizer.json to read them "
+                "with; leave them out, or prepare the data with its tokenizer"
+            )
+        self.tokenizer = found
         for prompt in cfg.prompts:
             ids = [int(i) for i in self.tokenizer.encode(prompt)] or [self.tokenizer.eot_id]
             if len(ids) + cfg.tokens > max_seq_len or max(ids) >= vocab_size:
@@ -54,59 +60,30 @@ class Sampler:
                 )
             self.ids.append(ids)
 
-    def texts(self, model: Transformer, device: torch.device) -> list[tuple[str, str]]:
-        """(prompt, continuation) of each; collective, on every rank the same."""
+    def texts(
+        self, model: Transformer, dtype: torch.dtype, beat: Callable[[], None]
+    ) -> list[tuple[str, str]]:
+        """(prompt, continuation) of each; collective, on every rank the same.
+
+        dtype, beat, and what it leaves alone: as `TaskEval.measure`. Raises RunError where the
+        logits are not finite.
+        """
         if not self.ids:
             return []
-        found = continuations(model, self.ids, self.cfg.tokens, device)
-        texts = []
-        for prompt, ids in zip(self.cfg.prompts, found, strict=True):
-            if self.tokenizer.eot_id in ids:
-                ids = ids[: ids.index(self.tokenizer.eot_id)]
-            known = [i for i in ids if i < self.tokenizer.vocab_size]  # a padded vocabulary
-            texts.append((prompt, self.tokenizer.decode(known)))
-        return texts
-
-
-@torch.no_grad()
-def continuations(
-    model: Transformer, prompts: Sequence[Sequence[int]], n_tokens: int, device: torch.device
-) -> list[list[int]]:
-    """The likeliest `n_tokens` ids behind each prompt, one after the other.
-
-    Every rank makes `n_tokens` forward passes of one shape, whatever it finds, as the collectives
-    of a sharded model need. Short prompts are padded behind: no position sees what comes after it.
-    Compiled blocks run uncompiled: a new shape would have torch compile them again, and training
-    would go on with that code.
-    """
-    lengths_B = torch.tensor([len(ids) for ids in prompts], device=device)
-    rows = torch.arange(len(prompts), device=device)
-    tokens_BT = torch.zeros(
-        len(prompts), int(lengths_B.max()) + n_tokens, dtype=torch.long, device=device
-    )
-    for row, ids in enumerate(prompts):
-        tokens_BT[row, : len(ids)] = torch.tensor(list(ids), device=device)
-    with torch.compiler.set_stance("force_eager"):
-        for i in range(n_tokens):
-            logits_BTV = model(tokens_BT)
-            assert isinstance(logits_BTV, torch.Tensor)
-            tokens_BT[rows, lengths_B + i] = logits_BTV[rows, lengths_B + i - 1].argmax(-1)
-    return [
-        tokens_BT[row, len(ids) : len(ids) + n_tokens].tolist() for row, ids in enumerate(prompts)
-    ]
-
-
-def _tokenizer_of(data_folder: str) -> Tokenizer:
-    """The one of a dataset, which may be at a URL."""
-    names = ("tokenizer.json", "tokenizer_config.json")
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            place = f"{data_folder.rstrip('/')}/{name}"
-            if storage.exists(place):
-                storage.write_bytes(os.path.join(folder, name), storage.read_bytes(place))
-            elif name == names[0]:
-                raise InputError(
-                    f"eval.samples.prompts: {data_folder} holds no tokenizer.json to read them "
-                    "with; leave them out, or prepare the data with its tokenizer"
-                )
-        return load_tokenizer(folder)
+        new: list[list[int]] = [[] for _ in self.ids]
+        longest = max(map(len, self.ids)) + self.cfg.tokens
+        with untouched(model, beat):
+            step = cached_steps(
+                model, len(self.ids), longest, dtype=dtype, shared=dist.world_size() > 1
+            )
+            for row, token in stream_ids(
+                step,
+                self.ids,
+                max_new_tokens=self.cfg.tokens,
+                sampling=Sampling(),
+                eot_id=self.tokenizer.eot_id,
+            ):
+                if token < self.tokenizer.vocab_size:  # a padded vocabulary has more
+                    new[row].append(token)
+        texts = [self.tokenizer.decode(ids) for ids in new]
+        return list(zip(self.cfg.prompts, texts, strict=True))

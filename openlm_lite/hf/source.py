@@ -29,7 +29,7 @@ from openlm_lite.config import (
     parse_yaml,
     to_tree,
 )
-from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
+from openlm_lite.data.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from openlm_lite.errors import InputError
 from openlm_lite.hf.convert import from_class
 from openlm_lite.hf.families import BY_CLASS, BY_MODEL_TYPE
@@ -311,7 +311,7 @@ def tokenizer_documents(folder: str) -> dict[str, str]:
     Raises InputError for what is no text.
     """
     found = {}
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER_NAMES:
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             try:

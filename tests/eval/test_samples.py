@@ -7,26 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from openlm_lite.errors import InputError
+from openlm_lite.errors import InputError, RunError
 from openlm_lite.eval.generate import generate
-from openlm_lite.eval.samples import SampleConfig, Sampler, continuations
+from openlm_lite.eval.samples import SampleConfig, Sampler
 from openlm_lite.log import read_metrics
+from openlm_lite.model.transformer import Transformer
 from openlm_lite.recorded import read_run
 from openlm_lite.report import facts
 from tests.tiny_run import tiny_config, tiny_model, tiny_tokenizer
 from tests.train_server import TrainServer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "toy_losses.txt"
-
-
-@pytest.mark.parametrize("positions", ["rope", "alibi", "learned"])
-def test_continuations_are_those_of_greedy_generation(positions: str) -> None:
-    model = tiny_model(tiny_config(positions=positions))
-    prompts = [[5, 9, 200], [17], [3, 4, 5, 6, 7, 8, 9]]
-    found = continuations(model, prompts, 10, torch.device("cpu"))
-    for prompt, ids in zip(prompts, found, strict=True):
-        with torch.no_grad():
-            assert generate(model, [prompt], max_new_tokens=10) == [ids]
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +27,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_text_ends_where_the_document_ends(data: Path) -> None:
-    sampler = Sampler(SampleConfig(("A small",), 20), str(data), 64, 320)
+def texts(sampler: Sampler, model: Transformer) -> list[tuple[str, str]]:
+    return sampler.texts(model, torch.float32, lambda: None)
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi", "learned"])
+def test_a_text_is_what_greedy_generation_gives_up_to_the_end_of_text(
+    data: Path, positions: str
+) -> None:
+    sampler = Sampler(SampleConfig(("A small", "A", "one, two, three"), 20), str(data), 64, 320)
+    model = tiny_model(tiny_config(positions=positions))
+    words = sampler.tokenizer
+    found = texts(sampler, model)
+    assert [prompt for prompt, _ in found] == ["A small", "A", "one, two, three"]
+    for ids, (_, text) in zip(sampler.ids, found, strict=True):
+        (new,) = generate(model, [ids], max_new_tokens=20, eot_id=words.eot_id)
+        assert text == words.decode([i for i in new if i < words.vocab_size])
+        assert "<|endoftext|>" not in text
+
+
+def test_a_model_that_has_diverged_gives_no_text(data: Path) -> None:
     model = tiny_model(tiny_config())
-    ((prompt, text),) = sampler.texts(model, torch.device("cpu"))
-    assert prompt == "A small" and "<|endoftext|>" not in text
-    ids = continuations(model, sampler.ids, 20, torch.device("cpu"))[0]
-    eot = sampler.tokenizer.eot_id
-    ids = [i for i in ids[: ids.index(eot) if eot in ids else None] if i < 290]
-    assert text == sampler.tokenizer.decode(ids)
+    torch.nn.init.constant_(model.norm.weight, torch.nan)
+    with pytest.raises(RunError, match="not finite"):
+        texts(Sampler(SampleConfig(("A",), 4), str(data), 64, 320), model)
 
 
 def test_prompts_that_cannot_be_continued_are_told_before_the_run(
