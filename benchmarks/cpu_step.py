@@ -62,7 +62,7 @@ def openlm_lite(vocab: int, rows: Any, compiled: bool, variant: str) -> Step:
     from openlm_lite.model.loss import LossConfig
     from openlm_lite.optim.build import OptimConfig, build_optimizer, clip_gradients
     from openlm_lite.parallel import ParallelConfig, build_sharded_model
-    from openlm_lite.train import agree_on, forward_backward
+    from openlm_lite.step import agree_on, forward_backward
 
     world = dist.init("cpu")
     cfg = ModelConfig(vocab, **SHAPE, n_kv_heads=SHAPE["n_heads"], head_dim=64, max_seq_len=SEQ_LEN)

@@ -23,16 +23,16 @@ from openlm_lite.data.stream import Batch, train_batches
 from openlm_lite.dist import World
 from openlm_lite.errors import InputError
 from openlm_lite.float8 import check_float8
-from openlm_lite.layout import Layout, build_layout
+from openlm_lite.layout import Layout
 from openlm_lite.metrics import peak_flops, throughput
-from openlm_lite.model.kernels import choose_attention, set_attention
-from openlm_lite.optim.build import build_optimizer, clip_gradients
-from openlm_lite.parallel import DTYPES, build_sharded_model
+from openlm_lite.optim.build import clip_gradients
 from openlm_lite.profile import start_trace, write_trace
 from openlm_lite.readback import Readback
 from openlm_lite.run import RunConfig
-from openlm_lite.train import (
+from openlm_lite.step import (
     agree_on,
+    attention_of,
+    build,
     collected_between_steps,
     forward_backward,
     make_deterministic,
@@ -98,25 +98,8 @@ class Stepper:
 
     def __init__(self, cfg: RunConfig, world: World) -> None:
         self.cfg, self.world = cfg, world
-        architecture = cfg.model.architecture
-        self.attention = choose_attention(
-            cfg.kernels,
-            architecture,
-            world.device,
-            DTYPES[cfg.parallel.precision],
-            cfg.run.deterministic,
-        )
-        self.layout = build_layout(cfg.parallel, world)
-        self.model = build_sharded_model(
-            architecture,
-            self.layout,
-            cfg.parallel,
-            world.device,
-            cfg.run.seed,
-            cfg.optim.mup_base_width,
-        )
-        set_attention(self.model, self.attention.name)
-        self.optimizer = build_optimizer(self.model, cfg.optim, cfg.model.d_model)
+        self.attention = attention_of(cfg, world.device)
+        self.layout, self.model, self.optimizer = build(cfg, world, self.attention)
         self.micro_batches = cfg.micro_batches(self.layout.sizes.data_ranks, cfg.steps)
         self.pending: Readback | None = None
         self.loss = float("nan")

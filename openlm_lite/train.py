@@ -21,10 +21,8 @@ A run folder::
 
 from __future__ import annotations
 
-import gc
-import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -56,27 +54,32 @@ from openlm_lite.float8 import check_float8
 from openlm_lite.guard import Guard
 from openlm_lite.hf.source import Source, tokenizer_documents
 from openlm_lite.inherit import Record, first_weights, open_init_source
-from openlm_lite.layout import Sizes, build_layout
-from openlm_lite.model.kernels import Choice, choose_attention, set_attention
-from openlm_lite.model.loss import LossConfig
-from openlm_lite.model.transformer import Transformer
+from openlm_lite.model.kernels import Choice
 from openlm_lite.optim.brake import Brake
-from openlm_lite.optim.build import build_optimizer, clip_gradients, set_lr
+from openlm_lite.optim.build import clip_gradients, set_lr
 from openlm_lite.optim.schedule import lr_at
-from openlm_lite.parallel import DTYPES, build_sharded_model, set_gradient_sync
+from openlm_lite.parallel import DTYPES
 from openlm_lite.profile import Profiler
-from openlm_lite.readback import Readback, to_device
+from openlm_lite.readback import Readback
 from openlm_lite.remote_lock import lost_message
 from openlm_lite.run import RunConfig
 from openlm_lite.run_folder import mark_stopped, run_folder
 from openlm_lite.saver import Saver
 from openlm_lite.sinks import Clock, Losses, Sinks, every
+from openlm_lite.step import (
+    agree_on,
+    attention_of,
+    build,
+    collected_between_steps,
+    forward_backward,
+    losses_of,
+    make_deterministic,
+)
 from openlm_lite.stop import StopRequest
 from openlm_lite.watchdog import Watchdog
 
 DONE, STOPPED = 0, 75
 """exit codes: trained to the end; stopped on request with a checkpoint saved"""
-_COLLECT_EVERY = 50  # steps: a collection of young garbage takes about 1 ms
 
 
 def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | None = None) -> int:
@@ -108,13 +111,7 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
             stop = at_end.enter_context(StopRequest())
         watchdog = at_end.enter_context(Watchdog(cfg.watchdog, rank, world_size, stop))
         world = dist.init(cfg.run.device, cfg.watchdog.group_seconds)
-        attention = choose_attention(
-            cfg.kernels,
-            cfg.model.architecture,
-            world.device,
-            DTYPES[cfg.parallel.precision],
-            cfg.run.deterministic,
-        )
+        attention = attention_of(cfg, world.device)
         place = at_end.enter_context(run_folder(cfg, folder, stream, allow_change))
         watchdog.stacks_folder = folder
         evals = Evals(val_sets, tasks, sampler)
@@ -152,18 +149,8 @@ class Loop:
         self.stream, self.evals = stream, evals
         self.stop, self.watchdog = stop, watchdog
         self.schedule = cfg.schedule_in_steps
-        self.layout = build_layout(cfg.parallel, world)
         self.attention = attention
-        self.model = build_sharded_model(
-            cfg.model.architecture,
-            self.layout,
-            cfg.parallel,
-            world.device,
-            cfg.run.seed,
-            cfg.optim.mup_base_width,
-        )
-        set_attention(self.model, self.attention.name)
-        self.optimizer = build_optimizer(self.model, cfg.optim, cfg.model.d_model)
+        self.layout, self.model, self.optimizer = build(cfg, world, attention)
         self.brake = None
         late = reads_late(world.device) and cfg.guard.may_judge_late
         # with tp or cp a waiting step stays: the flag beside parameters of two meshes is untried
@@ -487,102 +474,6 @@ class Tried(NamedTuple):
         return losses_of(found, sources), grad_norm
 
 
-class Agreed(NamedTuple):
-    """What all ranks know of a global batch before they train on it."""
-
-    n_targets: float  # at least 1: targets of all ranks
-    checksum: int  # of the rows that were read (`data.stream.checksum_of`)
-    place_lost: bool  # another run has the place of the checkpoints, as one rank knows
-
-
-def agree_on(batch: Batch, sizes: Sizes, place_lost: bool) -> Agreed:
-    """Wait until every rank has its batch, and add up what they know; collective.
-
-    Over gloo on every machine: no GPU waits, nor is waited for.
-    """
-    counts = torch.tensor(  # float64 holds all of these exactly
-        [n_targets_of(batch), batch.checksum, place_lost], dtype=torch.float64
-    )
-    torch.distributed.all_reduce(counts)
-    counts[:2] /= sizes.ranks_per_row  # so many ranks have counted the same rows
-    n_targets, checksum, losts = counts.tolist()
-    # all rows may be of shards that are left out
-    return Agreed(max(1.0, n_targets), int(checksum), losts > 0)
-
-
-def forward_backward(
-    model: Transformer,
-    batch: Batch,
-    micro_batches: int,
-    loss: LossConfig,
-    world: World,
-    sizes: Sizes,
-    n_targets: float,
-    sources: tuple[str, ...] = (),
-    *,
-    reduce_each: bool = False,
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> torch.Tensor:
-    """Gradients of one global batch, of `n_targets` over all ranks; the numbers of `losses_of`.
-
-    They stay on the device: nothing here waits for it.
-
-    What is minimised is the mean over the targets of all ranks and micro-batches, each token
-    counting once, whatever the split; with a z-loss, plus z_loss times its mean over all
-    positions, or over the targets. With several `sources` (which batch.sources_B number), the loss
-    of each is found too. This rank's `stop_requested` is asked at the very end, for all to know.
-    `reduce_each`: the ranks add up their gradients after each micro-batch.
-    """
-    n_positions = batch.targets_BT.numel() * sizes.data_ranks
-    z_over_targets = loss.z_loss_over == "targets"
-    z_weight = loss.z_loss
-    if z_weight and not z_over_targets:
-        z_weight = z_weight * n_targets / n_positions
-
-    found = torch.zeros(2, device=world.device)
-    by_source = torch.zeros(2, len(sources), device=world.device)
-    for i, part in enumerate(micro_batches_of(batch, micro_batches)):
-        set_gradient_sync(model, reduce_each or i == micro_batches - 1)
-        targets_BT = to_device(part.targets_BT, world.device)
-        documents = part.doc_ids_BT
-        sums = model(
-            to_device(part.tokens_BT, world.device),
-            targets_BT,
-            z_weight=z_weight,
-            z_over_targets=z_over_targets,
-            doc_ids_BT=None if documents is None else to_device(documents, world.device),
-        )
-        # FSDP averages gradients over these ranks, n_targets already counts all of them.
-        (sums.total * (sizes.addends / n_targets)).backward()
-        found += torch.stack((sums.ce / n_targets, z_weight * sums.z / n_targets))
-        if part.sources_B is not None:
-            ce_B = sums.ce_N.view(len(targets_BT), -1).sum(1)  # of this rank's part of each row
-            n_B = (targets_BT >= 0).sum(1).float() / sizes.ranks_per_row
-            by_source.index_add_(
-                1, to_device(part.sources_B, world.device), torch.stack((ce_B, n_B))
-            )
-    asked = to_device(torch.tensor([float(stop_requested())]), world.device)
-    found = torch.cat((found, by_source.flatten(), asked))
-    torch.distributed.all_reduce(found)
-    return found
-
-
-def losses_of(found: Sequence[float], sources: tuple[str, ...] = ()) -> Losses:
-    """Of what `forward_backward` found: ce, z; of each source the sum of ce, then the targets."""
-    ce, z, *rest, stops = found
-    pairs = zip(sources, rest[: len(sources)], rest[len(sources) :], strict=True)
-    return Losses(ce, z, {name: s / n for name, s, n in pairs if n}, stops > 0)
-
-
-def micro_batches_of(batch: Batch, n: int) -> list[Batch]:
-    """The batch in `n` equal parts."""
-    columns = [(None,) * n if t is None else t.chunk(n) for t in (*batch[:3], batch.sources_B)]
-    return [
-        Batch(tokens, targets, documents, batch.first_index, sources)
-        for tokens, targets, documents, sources in zip(*columns, strict=True)
-    ]
-
-
 def share_bad_shards(stream: TokenStream, world: World) -> list[str]:
     """Tell all ranks of the shards that one of them left out; returns what is new to this one.
 
@@ -610,40 +501,6 @@ def share_bad_shards(stream: TokenStream, world: World) -> list[str]:
     return new
 
 
-def n_targets_of(batch: Batch) -> int:
-    """Targets of this rank that count."""
-    return int((batch.targets_BT >= 0).sum())
-
-
 def reads_late(device: torch.device) -> bool:
     """Whether the numbers of a step cost a wait: a CPU has computed them when it is asked."""
     return device.type == "cuda"
-
-
-@contextmanager
-def collected_between_steps() -> Iterator[Callable[[int], None]]:
-    """Python's garbage collector, kept out of steps; call what this gives after each.
-
-    It would run in the middle of any step, on each rank in another one, and all wait for the
-    slowest. What is there at the start (modules, the model) is never looked at again.
-    """
-
-    def collect(step: int) -> None:
-        if every(_COLLECT_EVERY, step):
-            gc.collect(1)
-
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield collect
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
-def make_deterministic(cfg: RunConfig) -> None:
-    """On a CPU everything here is deterministic; a GPU needs to be told."""
-    if cfg.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)

@@ -27,7 +27,7 @@ from openlm_lite.optim.brake import Brake
 from openlm_lite.optim.build import clip_gradients
 from openlm_lite.readback import Readback
 from openlm_lite.run import load_run
-from openlm_lite.train import agree_on, forward_backward
+from openlm_lite.step import agree_on, forward_backward
 from tests.model.test_document_mask import gradients, random_documents
 from tests.model.test_transformer import TINY, build
 from tests.run_faults import BATCH_FAULTS

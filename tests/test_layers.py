@@ -58,6 +58,7 @@ LAYERS = [
     {"run", "toy"},
     {
         "train",
+        "step",
         "bench",
         "branch",
         "run_folder",
