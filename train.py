@@ -2,7 +2,7 @@
 
 import sys
 
-from openlm_lite.__main__ import main
+from openlm_lite.__main__ import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    leave(main(["train", *sys.argv[1:]]))

@@ -14,7 +14,7 @@ import pytest
 from openlm_lite.checkpoint import resolve_checkpoint
 from openlm_lite.cli import main
 from openlm_lite.data.prepare import PrepareConfig, prepare
-from openlm_lite.run_folder import STOPPED_NAME
+from openlm_lite.run_files import STOPPED as STOPPED_NAME
 from tests.data.prepare_corpus import (
     files_of,
     make_texts,
@@ -250,6 +250,23 @@ def test_an_elastic_job_whose_first_node_dies_resumes_from_the_queue(
     assert train_server.train(*words, f"run.dir={reference}", world=2)["codes"] == [0, 0]
     assert len(losses(run)) == 60
     assert_same_losses(run, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_an_elastic_job_that_is_cancelled_ends_and_is_not_requeued(
+    cluster: Cluster, toy_recipe: Path, tmp_path: Path
+) -> None:
+    """Its other nodes do not take the end for the death of the first one."""
+    run, out = tmp_path / "run", tmp_path / "out.txt"
+    words = [str(toy_recipe), "total_steps=100000", "checkpoint.every_steps=100000", *SLOWER]
+    options = ("--nodes=2", "--no-kill")
+    job = cluster.submit(out, *words, f"run.dir={run}", options=options, env={"NNODES": "1:2"})
+    cluster.wait_for_steps(job, run, 5)
+    cluster.run("scancel", job)
+    assert cluster.wait_for_end(job) == "CANCELLED"
+    cluster.wait_for_nodes()
+    assert cluster.field(job, "Restarts") == "0" and cluster.field(job, "JobState") == "CANCELLED"
 
 
 @pytest.mark.slow

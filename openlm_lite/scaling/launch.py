@@ -55,9 +55,9 @@ for name in "${names[@]}"; do
     fi
     words=(train "$here/$name.yaml" "run.dir=$here/$name")
     if [ "${NPROC:-1}" = 1 ]; then
-        python -m openlm_lite.cli "${words[@]}"
+        python -m openlm_lite "${words[@]}"
     else
-        torchrun --standalone --nproc-per-node "$NPROC" -m openlm_lite.cli "${words[@]}"
+        torchrun --standalone --nproc-per-node "$NPROC" -m openlm_lite "${words[@]}"
     fi
     touch "$here/$name.done"
 done
@@ -107,10 +107,10 @@ mark_before=$(stop_mark)
 # To torchrun, 75 ("stopped on request") would be a failure; stopped.json tells a stop from the end.
 rank='
 import sys
-from openlm_lite.cli import main
+from openlm_lite.__main__ import leave, main
 
 code = main(["train", *sys.argv[1:]])
-sys.exit(0 if code == 75 else code)
+leave(0 if code == 75 else code)
 '
 # Requests to stop go past torchrun, which would die of them, to its ranks, every second: what they
 # do not hear while they start, they hear later.

@@ -213,7 +213,8 @@ def test_run_sh_trains_what_is_not_done_and_the_fit_reads_it(
     stand_in = tools / "python"
     stand_in.write_text(
         f"""#!/bin/bash
-# -m openlm_lite.cli train DIR/NAME.yaml run.dir=DIR/NAME
+# -m openlm_lite train DIR/NAME.yaml run.dir=DIR/NAME
+[ "$1 $2 $3" = "-m openlm_lite train" ] || exit 3
 name=$(basename "$4" .yaml)
 echo "$name" >> "{tmp_path}/called"
 if [ "$name" = c_0.2x ] && [ ! -e "{tmp_path}/failed" ]; then touch "{tmp_path}/failed"; exit 75; fi
