@@ -175,25 +175,26 @@ def _suite(args: argparse.Namespace) -> int:
     if args.perplexity is None:
         _need(args, "an evaluation", "model", "suite")
     _need(args, "--perplexity", "model")
-    if args.suite is None or "aiw" not in args.suite:
-        _refuse(args, "a suite without aiw", *_OF_AIW)
     if args.perplexity is None:
         _refuse(args, "an evaluation without --perplexity", *_OF_TEXT)
     from openlm_lite import log
     from openlm_lite.eval.evaluate import EvalRequest, evaluate
+    from openlm_lite.eval.measures import Measures, lines_of
 
     log.setup_console()
-    given = {name: vars(args)[name] for name in ("suite", "data", "tokenizer", *_OF_MODEL)}
-    result = evaluate(
-        EvalRequest(
-            path=args.model,
-            settings=_suite_settings(args),
-            texts=_sources(args.perplexity or ()),
-            perplexity=_perplexity_config(args),
-            aiw=_aiw_config(args),
-            **{name: value for name, value in given.items() if value is not None},
-        )
+    wanted = Measures(
+        suite=args.suite or "",
+        data=args.data or "",
+        settings=_suite_settings(args),
+        aiw=_aiw_config(args),
+        texts=_sources(args.perplexity or ()),
+        perplexity=_perplexity_config(args),
     )
+    if not wanted.words.aiw:
+        _refuse(args, "a suite without aiw", *_OF_AIW)
+    given = {name: vars(args)[name] for name in ("tokenizer", *_OF_MODEL)}
+    given = {name: value for name, value in given.items() if value is not None}
+    result = evaluate(EvalRequest(args.model, wanted, **given))
     if os.environ.get("RANK", "0") != "0":
         return 0
     baselines = args.baselines or "v2"
@@ -201,8 +202,6 @@ def _suite(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
         return 0
-    from openlm_lite.eval.measures import lines_of
-
     asked_tasks = result["tasks"] or result["missing"]
     print("\n".join([*(_result_lines(result) if asked_tasks else ()), *lines_of(result)]))
     return 0

@@ -13,7 +13,7 @@ import torch
 
 from openlm_lite import dist
 from openlm_lite.checkpoint import CheckpointConfig, TrainState, save_checkpoint
-from openlm_lite.data.tokenizer import Tokenizer, train_bpe
+from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.init import init_weights
 from openlm_lite.model.transformer import Transformer
@@ -52,6 +52,25 @@ def tiny_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
 
 def tiny_tokenizer() -> Tokenizer:
     return train_bpe(iter([TEXT * 4]), 290)
+
+
+def save_with_bos(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The tokenizer in `folder`, whose file there begins a text with the end-of-text token."""
+    tokenizer.save(folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": tokenizer.eot, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    token = {"id": tokenizer.eot, "ids": [tokenizer.eot_id], "tokens": [tokenizer.eot]}
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {tokenizer.eot: token},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    found = load_tokenizer(str(folder))
+    assert found.bos_ids == (tokenizer.eot_id,)
+    return found
 
 
 @contextmanager

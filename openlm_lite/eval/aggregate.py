@@ -79,21 +79,22 @@ def read_scores(path: str) -> dict[str, float]:
         {"copa": 0.79, …}      {"eval_metrics": {"icl": {…}}}      {"input": one of these}
         {"tasks": {"copa": {"accuracy": 0.79, …}, …}}
 
-    Tasks whose score is null or NaN have none. Raises InputError for anything else, and for a
+    A task whose score is null or NaN has none. Raises InputError for anything else, and for a
     number outside 0 to 1.
     """
     try:
         found = json.loads(read_bytes(path))
     except ValueError as e:
         raise InputError(f"{path}: not JSON ({e}); give a file of scores") from None
-    scores = _table_in(found)
+    scores = table_in(found)
     if not scores:
         raise InputError(
             f"{path}: holds no scores; it must be {{task: accuracy}}, DCLM's eval JSON "
             "(eval_metrics.icl), or a result of openlm eval"
         )
     checked = {}
-    for label, value in scores.items():
+    for label, entry in scores.items():
+        value: Any = entry["accuracy"] if isinstance(entry, dict) and "accuracy" in entry else entry
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -106,14 +107,30 @@ def read_scores(path: str) -> dict[str, float]:
     return checked
 
 
-def _table_in(found: Any) -> dict[str, Any]:
+def table_in(found: Any) -> dict[str, Any]:
+    """label -> number, or -> object with `accuracy`, where a parsed file of scores has them.
+
+    `found` itself, with whatever else it holds, where it is none of the nested forms.
+    """
+    while isinstance(found, dict) and isinstance(found.get("input"), dict):
+        found = found["input"]
     if not isinstance(found, dict):
         return {}
-    if isinstance(found.get("input"), dict):
-        return _table_in(found["input"])
-    if isinstance(found.get("eval_metrics"), dict):
-        return _table_in(found["eval_metrics"].get("icl"))
-    if isinstance(found.get("tasks"), dict):
-        tasks = found["tasks"].items()
-        return {n: t.get("accuracy") if isinstance(t, dict) else t for n, t in tasks}
-    return found
+    metrics = found.get("eval_metrics")
+    if isinstance(metrics, dict):
+        return metrics["icl"] if isinstance(metrics.get("icl"), dict) else {}
+    return found["tasks"] if isinstance(found.get("tasks"), dict) else found
+
+
+def harness_scores(result: Any) -> dict[str, float]:
+    """`lm-eval/<task>/<metric>` -> value, of what `run_harness` returned (as JSON, too).
+
+    Standard errors are no scores, nor is a task's version, which is a number as well.
+    """
+    tasks = result.get("tasks") if isinstance(result, dict) else None
+    return {
+        f"lm-eval/{task}/{name}": value
+        for task, values in (tasks.items() if isinstance(tasks, dict) else ())
+        for name, value in (values.items() if isinstance(values, dict) else ())
+        if isinstance(value, float) and name != "version" and "stderr" not in name
+    }

@@ -15,6 +15,7 @@ been told the answers of, and whose answer is no number that stands in the quest
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,15 +25,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from openlm_lite import dist
 from openlm_lite.data.tokenizer import Tokenizer
 from openlm_lite.errors import InputError, RunError
-from openlm_lite.eval.generate import Sampling, cached_steps, check_length, stream_ids
+from openlm_lite.eval.generate import Sampling, check_length, generate
 from openlm_lite.eval.intervals import beta_interval
+from openlm_lite.eval.model_scorer import ModelScorer
 from openlm_lite.eval.scorer import BatchLimits, Choice, Scorer, score_all
-from openlm_lite.model.transformer import Transformer
 
 Form = Literal["base", "standard", "thinking", "restricted"]
 
@@ -122,6 +121,10 @@ class AIWConfig:
             problems.append("trials = 0 without the likelihood form asks nothing")
         if self.temperature == 0 and self.trials > 1:
             problems.append("temperature = 0 gives one text, however often: set trials = 1")
+        try:
+            self.sampling  # noqa: B018  (raises for what is out of range)
+        except InputError as e:
+            problems.append(str(e).removeprefix("generation: "))
         if problems:
             raise InputError("aiw: " + "; ".join(problems))
 
@@ -202,25 +205,19 @@ class Rate:
 
 
 def run_aiw(
-    model: Transformer,
-    scorer: Scorer,
-    tokenizer: Tokenizer,
-    cfg: AIWConfig,
-    data_dir: str = "",
-    dtype: torch.dtype | None = None,
+    scorer: ModelScorer, tokenizer: Tokenizer, cfg: AIWConfig, data_dir: str = ""
 ) -> dict[str, Any]:
     """Ask the questions; collective, and every rank gets the same plain values.
 
-    `scorer` asks `model` for likelihoods; where its ranks hold the model together all of them do
-    all of the work, else they share the texts. dtype: of the model's keys and values, where it is
-    not the weights'. Raises InputError for what does not fit, before the model is asked anything,
-    RunError for logits that are not finite.
+    Where the scorer's ranks hold the model together all of them do all of the work, else they share
+    the texts. Raises InputError for what does not fit, before the model is asked anything, RunError
+    for logits that are not finite.
     """
     check_aiw(tokenizer, cfg, data_dir, scorer.max_seq_len, scorer.vocab_size)
     instruction, problems = read_instruction(data_dir, cfg.form), _problems(cfg)
     found: dict[str, Any] = {"form": cfg.form, "seed": cfg.seed}
     if cfg.trials:
-        rates = _sampled(model, tokenizer, problems, instruction, cfg, scorer.lockstep, dtype)
+        rates = _sampled(scorer, tokenizer, problems, instruction, cfg)
         found["sampled"] = _by_variation(rates)
     if cfg.likelihood:
         found["likelihood"] = _likelihood(scorer, tokenizer, problems)
@@ -280,31 +277,27 @@ def _sum(rates: Iterable[Rate]) -> Rate:
 
 
 def _sampled(
-    model: Transformer,
+    scorer: ModelScorer,
     tokenizer: Tokenizer,
     problems: Mapping[str, Problem],
     instruction: str | None,
     cfg: AIWConfig,
-    lockstep: bool,
-    dtype: torch.dtype | None,
 ) -> dict[str, Rate]:
     prompts = {name: prompt_of(problem, instruction) for name, problem in problems.items()}
     ids = {name: tokenizer.encode(prompt).tolist() for name, prompt in prompts.items()}
-    # like lengths together; the seed of a text depends on its question and number alone
     work = [(name, trial) for name in ids for trial in range(cfg.trials)]
-    seeds = {item: cfg.seed + number for number, item in enumerate(work)}
-    work.sort(key=lambda item: len(ids[item[0]]))
+    work.sort(key=lambda item: len(ids[item[0]]))  # like lengths together
     batches = [work[i : i + cfg.batch_size] for i in range(0, len(work), cfg.batch_size)]
-    mine = batches if lockstep else batches[dist.rank() :: dist.world_size()]
+    mine = batches if scorer.lockstep else batches[dist.rank() :: dist.world_size()]
     answers: list[tuple[str, str | None]] = []
     for batch in mine:
-        texts = _texts(model, tokenizer, [ids[name] for name, _ in batch],
-                       [seeds[item] for item in batch], cfg, lockstep, dtype)  # fmt: skip
+        seeds = [text_seed(cfg.seed, problems[name], trial) for name, trial in batch]
+        texts = _texts(scorer, tokenizer, [ids[name] for name, _ in batch], seeds, cfg)
         for (name, _), text in zip(batch, texts, strict=True):
             answers.append(
                 (name, parsed_answer(prompts[name] + text if instruction is None else text))
             )
-    if not lockstep:
+    if not scorer.lockstep:
         answers = [answer for part in dist.all_gather(answers) for answer in part]
     rates = {}
     for name, problem in problems.items():
@@ -314,36 +307,40 @@ def _sampled(
     return rates
 
 
+def text_seed(seed: int, problem: Problem, trial: int) -> int:
+    """The seed of one text: of its question and number alone, whatever else is asked.
+
+    A hash, so that neither two texts of a run nor those of two seeds are drawn alike.
+    """
+    told = json.dumps([seed, problem.question, trial]).encode()
+    return int.from_bytes(hashlib.sha256(told).digest()[:8]) >> 1  # 63 bits, as Sampling's
+
+
 def _texts(
-    model: Transformer,
+    scorer: ModelScorer,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     cfg: AIWConfig,
-    lockstep: bool,
-    dtype: torch.dtype | None,
 ) -> list[str]:
-    model.eval()
-    new: list[list[int]] = [[] for _ in prompts]
-    longest = max(map(len, prompts)) + cfg.max_new_tokens
-    step = cached_steps(model, len(prompts), longest, dtype=dtype, shared=lockstep)
-    is_base = cfg.form == "base"
+    written: list[list[int]] = [[] for _ in prompts]
 
     def has_answered(row: int, token: int) -> bool:
         """A base model goes on with anything; behind its first whole number nothing counts."""
-        new[row].append(token)
-        return is_base and re.search(r"\d\D", tokenizer.decode(new[row])) is not None
+        written[row].append(token)
+        return re.search(r"\d\D", tokenizer.decode(written[row])) is not None
 
-    for _ in stream_ids(
-        step,
+    new = generate(
+        scorer.model,
         prompts,
         max_new_tokens=cfg.max_new_tokens,
         sampling=cfg.sampling,
         eot_id=tokenizer.eot_id,
         seeds=seeds,
-        stop=has_answered,
-    ):
-        pass
+        stop=has_answered if cfg.form == "base" else None,
+        dtype=scorer.dtype,
+        shared=scorer.lockstep,
+    )
     return [tokenizer.decode(tokens) for tokens in new]
 
 

@@ -18,10 +18,9 @@ import torch
 from openlm_lite import dist
 from openlm_lite.data.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 from openlm_lite.errors import InputError
-from openlm_lite.eval.aiw import AIWConfig, check_aiw
-from openlm_lite.eval.held_out import check_source
-from openlm_lite.eval.icl import SuiteSettings, find_files
-from openlm_lite.eval.measures import Measures, Words, measure_all, words_of
+from openlm_lite.eval.aiw import AIWConfig
+from openlm_lite.eval.icl import SuiteSettings, read_suite
+from openlm_lite.eval.measures import Measures, check_measures, measure_all
 from openlm_lite.eval.model_scorer import ModelScorer
 from openlm_lite.eval.perplexity import PerplexityConfig
 from openlm_lite.eval.scorer import BatchLimits
@@ -51,6 +50,8 @@ class TaskEvalConfig:
     """sequences in one forward pass of a rank"""
     batch_tokens: int = 16_384
     """tokens in one, with padding"""
+    bos: bool = True
+    """begin with what the tokenizer's file wants before a text, as `openlm eval` does"""
     tokenizer: str | None = None
     """null: the training data's"""
     aiw: AIWConfig = field(default_factory=AIWConfig)
@@ -64,9 +65,9 @@ class TaskEvalConfig:
 
     @property
     def suite_settings(self) -> SuiteSettings:
-        """Of DCLM's tasks. The data have no beginning-of-text tokens, so prompts have none."""
+        """Those of `openlm eval`, so that a run and its checkpoint have the same scores."""
         batch = BatchLimits(self.batch_size, self.batch_tokens)
-        return SuiteSettings(limit=self.limit, bos=False, batch=batch)
+        return SuiteSettings(limit=self.limit, bos=self.bos, batch=batch)
 
 
 class TaskEval:
@@ -85,36 +86,32 @@ class TaskEval:
         if not cfg.suite and not cfg.texts:
             return
         try:
-            words = words_of(cfg.suite) if cfg.suite else Words((), False, ())
-            self.tokenizer = self._checked(words, model, data_folder, val_names)
+            settings = cfg.suite_settings
+            wanted = Measures(cfg.suite, cfg.data, settings, cfg.aiw, cfg.texts, cfg.perplexity)
+            self.tokenizer = self._checked(wanted, model, data_folder, val_names)
         except InputError as e:
             raise InputError(f"eval.tasks: {e}") from None
-        self.wanted = Measures(
-            words, cfg.data, cfg.suite_settings, cfg.aiw, cfg.texts, cfg.perplexity
-        )
+        self.wanted = wanted
 
     def _checked(
-        self, words: Words, model: ModelConfig, data_folder: str, val_names: tuple[str, ...]
+        self, wanted: Measures, model: ModelConfig, data_folder: str, val_names: tuple[str, ...]
     ) -> Tokenizer:
         """The tokenizer, once all else is there."""
-        cfg = self.cfg
-        if words.tasks:
-            find_files(words.tasks, cfg.data)
-        for name, path in cfg.texts.items():
+        for name in wanted.texts:
             if name in val_names or "/" in name:
                 raise InputError(
                     f"texts.{name}: the name is that of a source in data.val, or has a / in it; "
                     "choose another, which val/<name>/loss is called by"
                 )
-            check_source(path)
-        tokenizer = _tokenizer(cfg.tokenizer, data_folder)
+        tokenizer = _tokenizer(self.cfg.tokenizer, data_folder)
         if tokenizer.vocab_size > model.vocab_size:
             raise InputError(
                 f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model "
                 f"{model.vocab_size}"
             )
-        if words.aiw:
-            check_aiw(tokenizer, cfg.aiw, cfg.data, model.max_seq_len, model.vocab_size)
+        check_measures(wanted, tokenizer, model)
+        if tasks := wanted.words.tasks:  # last: it takes the most time
+            read_suite(tasks, wanted.data, tokenizer, wanted.settings, model.max_seq_len)
         return tokenizer
 
     def due(self, step: int, tokens_before: int, tokens: int, done: bool) -> bool:
@@ -131,7 +128,8 @@ class TaskEval:
         """`measures.measure_all` of the model; collective, and the training does not notice.
 
         dtype: what FSDP computes in; beat: called at every forward pass. Raises RunError where the
-        model cannot be measured.
+        model cannot be measured, InputError where a file is not any more what was checked; on all
+        ranks alike.
         """
         assert self.wanted is not None
         scorer = ModelScorer(model, dtype=dtype, lockstep=dist.world_size() > 1)

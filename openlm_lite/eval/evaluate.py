@@ -12,9 +12,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,17 +25,14 @@ from openlm_lite.commit import crc32_of_file
 from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
 from openlm_lite.errors import InputError
 from openlm_lite.eval.aggregate import aggregate
-from openlm_lite.eval.aiw import AIWConfig, check_aiw
-from openlm_lite.eval.held_out import check_source
 from openlm_lite.eval.icl import SuiteResult, SuiteSettings, find_files, run_suite
 from openlm_lite.eval.journal import FolderJournal
-from openlm_lite.eval.measures import AIW, Measures, Words, measure_all, words_of
+from openlm_lite.eval.measures import Measures, check_measures, measure_others
 from openlm_lite.eval.model_scorer import HFScorer, ModelScorer
-from openlm_lite.eval.perplexity import PerplexityConfig
 from openlm_lite.eval.prompts import Data, examples, find_data, read_data
 from openlm_lite.eval.tasks import Task, task_named
 from openlm_lite.hf.compare import load_hf
-from openlm_lite.hf.source import Source, build_model, find_tokenizer, open_source
+from openlm_lite.hf.source import Source, open_source, with_tokenizer
 from openlm_lite.storage import write_json
 
 log = logging.getLogger(__name__)
@@ -49,10 +46,7 @@ class EvalRequest:
     """What `openlm eval` was asked."""
 
     path: str
-    suite: str = ""
-    """words (`measures.words_of`); empty: held-out text alone"""
-    data: str | None = None
-    settings: SuiteSettings = field(default_factory=SuiteSettings)
+    wanted: Measures = field(default_factory=Measures)
     average: str | None = None
     tokenizer: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,10 +55,6 @@ class EvalRequest:
     """auto: our model, also for a Hugging Face folder whose architecture it can hold exactly"""
     out: str | None = None
     """the folder to keep records in; None: nothing is kept, and nothing can go on"""
-    texts: Mapping[str, str] = field(default_factory=dict)
-    """held-out text: name -> path"""
-    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
-    aiw: AIWConfig = field(default_factory=AIWConfig)
 
 
 @dataclass(frozen=True)
@@ -83,43 +73,45 @@ def evaluate(request: EvalRequest) -> dict[str, Any]:
     Collective: under torchrun every rank holds the model and takes its share of the rows.
     Raises InputError for bad input, before anything is written.
     """
-    words = words_of(request.suite) if request.suite else Words((), False, ())
-    if words.tasks:  # before a large model is loaded
-        if request.data is None:
+    wanted = request.wanted
+    tasks = wanted.words.tasks
+    if tasks:  # before a large model is loaded
+        if not wanted.data:
             raise InputError(
                 "an evaluation needs --data, the folder that holds local_data/, for "
-                f"{words.tasks[0].label}"
+                f"{tasks[0].label}"
             )
-        find_files(words.tasks, request.data)
+        find_files(tasks, wanted.data)
     began = time.monotonic()
     loaded = load_model(request)  # before the ranks meet: what is wrong is told once
-    _check_others(request, loaded, words)
+    _check_others(request, loaded)
     world = dist.init(request.device)
     try:
-        loaded.scorer.model.to(world.device)
-        settings = request.settings
+        scorer, tokenizer = loaded.scorer, loaded.tokenizer
+        scorer.model.to(world.device)
         identity = {
             "model": loaded.facts["fingerprint"],
             "average": request.average,
-            "backend": loaded.scorer.backend,
+            "backend": scorer.backend,
             "dtype": request.dtype,
-            "tokenizer": loaded.tokenizer.fingerprint,
-            "max_seq_len": min(settings.max_seq_len, loaded.scorer.max_seq_len),
-            "bos_ids": list(loaded.tokenizer.bos_ids) if settings.bos else [],
+            "tokenizer": tokenizer.fingerprint,
+            "max_seq_len": min(wanted.settings.max_seq_len, scorer.max_seq_len),
+            "bos_ids": list(tokenizer.bos_ids) if wanted.settings.bos else [],
         }
-        journal = None if request.out is None else FolderJournal(request.out, identity)
+        journal = None
+        if request.out is not None:
+            journal = FolderJournal(request.out, identity, wanted.parts)
         with journal or nullcontext():
             suite = SuiteResult({}, {})
-            if words.tasks and request.data is not None:
+            if tasks:  # which claims the folder once their files are read
                 suite = run_suite(
-                    loaded.scorer,
-                    loaded.tokenizer,
-                    words.tasks,
-                    request.data,
-                    settings,
-                    journal=journal,
+                    scorer, tokenizer, tasks, wanted.data, wanted.settings, journal=journal
                 )
-            others = _others(request, loaded, words)
+            if journal is not None:
+                journal.claim()
+            others = {}
+            if isinstance(scorer, ModelScorer):  # `_check_others`: else none is wanted
+                others = measure_others(scorer, tokenizer, wanted)
             result = _result(request, loaded, identity, suite, time.monotonic() - began) | others
             result["settings"] |= {"device": str(world.device), "ranks": dist.world_size()}
             if journal is not None:
@@ -129,9 +121,10 @@ def evaluate(request: EvalRequest) -> dict[str, Any]:
         dist.close()
 
 
-def _check_others(request: EvalRequest, loaded: Loaded, words: Words) -> None:
+def _check_others(request: EvalRequest, loaded: Loaded) -> None:
     """Raises InputError where something else than DCLM's tasks is asked that cannot be had."""
-    if not (words.aiw or words.harness or request.texts):
+    wanted = request.wanted
+    if not (wanted.words.aiw or wanted.words.harness or wanted.texts):
         return
     if not isinstance(loaded.scorer, ModelScorer):
         raise InputError(
@@ -139,32 +132,7 @@ def _check_others(request: EvalRequest, loaded: Loaded, words: Words) -> None:
             "and --perplexity need our model (--backend openlm), which cannot hold this one: "
             f"{loaded.facts['why_not_ours'] or 'transformers was asked for'}"
         )
-    if words.aiw:
-        scorer = loaded.scorer
-        check_aiw(
-            loaded.tokenizer,
-            request.aiw,
-            request.data or "",
-            scorer.max_seq_len,
-            scorer.vocab_size,
-        )
-    for path in request.texts.values():
-        check_source(path)
-
-
-def _others(request: EvalRequest, loaded: Loaded, words: Words) -> dict[str, Any]:
-    """AIW, lm-eval and held-out text."""
-    if not isinstance(loaded.scorer, ModelScorer):  # `_check_others`: then none is wanted
-        return {}
-    wanted = Measures(
-        words=replace(words, tasks=()),
-        data=request.data or "",
-        suite=request.settings,
-        aiw=request.aiw,
-        texts=request.texts,
-        perplexity=request.perplexity,
-    )
-    return measure_all(loaded.scorer, loaded.tokenizer, wanted)
+    check_measures(wanted, loaded.tokenizer, loaded.scorer.model.cfg)
 
 
 def _result(
@@ -191,22 +159,24 @@ def _result(
         }
         for label, task in suite.tasks.items()
     }
+    wanted = request.wanted
     versions = {"openlm_lite": openlm_lite.__version__, "torch": torch.__version__}
     return {
         "model": loaded.facts,
-        "suite": request.suite,
+        "suite": wanted.suite,
+        "parts": wanted.parts,
         **aggregates["v2"],
         "baselines": "v2",
         "aggregates": aggregates,
         "missing": {**suite.missing, **withheld},
         "tasks": tasks,
         "settings": {
-            **dataclasses.asdict(request.settings),
+            **dataclasses.asdict(wanted.settings),
             **identity,
             "tokenizer_name": loaded.tokenizer.name,
-            "data": None if request.data is None else os.path.abspath(request.data),
-            **({"aiw": dataclasses.asdict(request.aiw)} if AIW in request.suite else {}),
-            **({"perplexity": dataclasses.asdict(request.perplexity)} if request.texts else {}),
+            "data": os.path.abspath(wanted.data) if wanted.data else None,
+            **({"aiw": dataclasses.asdict(wanted.aiw)} if wanted.words.aiw else {}),
+            **({"perplexity": dataclasses.asdict(wanted.perplexity)} if wanted.texts else {}),
         },
         "versions": {**versions, "python": platform.python_version()},
         "command": sys.argv,
@@ -245,8 +215,8 @@ def load_model(request: EvalRequest) -> Loaded:
 
 
 def _load_ours(source: Source, request: EvalRequest, dtype: torch.dtype) -> Loaded:
-    words = find_tokenizer(source.path, request.tokenizer, source.cfg.vocab_size)
-    model = build_model(source.cfg, source.weights).to(dtype)
+    model, words = with_tokenizer(source, request.tokenizer)
+    model = model.to(dtype)
     names = ("path", "step", "tokens", "commit_sha256", "hf_class", "average")
     facts = {name: source.facts[name] for name in names if name in source.facts}
     fingerprint = source.facts.get("commit_sha256") or _fingerprint_of_folder(source.path)

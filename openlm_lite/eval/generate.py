@@ -4,25 +4,33 @@
                       |                                      |
         our Transformer or transformers' class     one sampler for both
 
-Shapes: B batch, T position, V vocab.
+Everything that generates comes through here: `openlm generate`, samples along a run, AIW, lm-eval
+and DCLM's generation tasks.
+
+Shapes: B batch, T position, S cached positions, V vocab.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
 
+from openlm_lite import dist
 from openlm_lite.errors import InputError, RunError
-from openlm_lite.model.attention import KVCache
+from openlm_lite.eval.scorer import Tokens
+from openlm_lite.model.attention import Branches, KVCache
 from openlm_lite.model.transformer import Transformer
 
-Step = Callable[[Tensor], Tensor]
-"""Takes the next tokens [B, T] of the sequences, remembers them, gives the logits [B, V] behind."""
+Step = Callable[[Sequence[Tokens]], Tensor]
+"""Takes what every sequence goes on with (first its prompt, then one token), and remembers it; the
+logits [B, V] behind."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,34 @@ def filtered_logits(logits_V: Tensor, seen: Iterable[int], sampling: Sampling) -
     return logits_V
 
 
-def _pick(logits_V: Tensor, seen: list[int], sampling: Sampling, generator: Any) -> int:
-    if not bool(logits_V.isfinite().all()):
+def _picked(
+    logits_BV: Tensor,
+    alive: set[int],
+    rows: Sequence[list[int]],
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    lost: set[int] | None,
+) -> dict[int, int]:
+    """The next token of each row in `alive`; see `stream_ids`."""
+    is_fine_B = logits_BV.isfinite().all(dim=-1)
+    if lost is not None:
+        is_fine_B &= logits_BV.amax(dim=-1) > logits_BV.amin(dim=-1)
+    odd = alive - set(is_fine_B.nonzero()[:, 0].tolist())
+    if odd and lost is None:
         raise RunError(
-            f"the model's logits behind token {len(seen)} are not finite: its weights are damaged, "
-            "or its training diverged; look at its loss with `openlm plot`"
+            f"the model's logits behind token {len(rows[min(odd)])} are not finite: its weights "
+            "are damaged, or its training diverged; look at its loss with `openlm plot`"
         )
+    if lost is not None:
+        lost |= odd
+    left = sorted(alive - odd)
+    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+        best = logits_BV.argmax(dim=-1).tolist()
+        return {i: best[i] for i in left}
+    return {i: _pick(logits_BV[i], rows[i], sampling, generators[i]) for i in left}
+
+
+def _pick(logits_V: Tensor, seen: list[int], sampling: Sampling, generator: Any) -> int:
     logits_V = filtered_logits(logits_V, seen, sampling)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
@@ -94,31 +124,40 @@ def _pick(logits_V: Tensor, seen: list[int], sampling: Sampling, generator: Any)
     return int(torch.multinomial(logits_V.softmax(0).cpu(), 1, generator=generator))
 
 
-# --- generating ids ------------------------------------------------------------------------------
+# --- steps of a model ----------------------------------------------------------------------------
 
 
 def cached_steps(
-    model: Transformer,
-    batch_size: int,
-    max_len: int,
-    *,
-    dtype: torch.dtype | None = None,
-    shared: bool = False,
+    model: Transformer, room: int, *, dtype: torch.dtype | None = None, shared: bool = False
 ) -> Step:
-    """Steps of our model for `batch_size` sequences of up to `max_len` tokens, with a KV cache.
+    """Steps of our model, with a KV cache that takes `room` tokens behind the prompts.
 
-    dtype: of keys and values, where FSDP computes in another one than the weights have. shared: all
-    ranks do the same steps, on a model that they hold together; rank 0's logits are everybody's, so
-    that no rounding lets one draw another token.
+    Prompts of unequal length are read in one pass, and each goes on at its own position. dtype: of
+    keys and values, where FSDP computes in another one than the weights have. shared: all ranks do
+    the same steps, on a model that they hold together; rank 0's logits are everybody's, so that no
+    rounding lets one draw another token.
     """
-    weight = model.embedding.weight
-    cache = KVCache(model.cfg, batch_size, max_len, weight.device, dtype or weight.dtype)
+    device = model.embedding.weight.device
+    cached: tuple[KVCache, Tensor] | None = None
+    positions_B = torch.empty(0)
 
-    def step(tokens_BT: Tensor) -> Tensor:
-        B, T = tokens_BT.shape
-        last = torch.arange(T - 1, B * T, T, device=weight.device)
-        logits_BV = model(tokens_BT.to(weight.device), cache=cache, logits_at=last)
+    def step(rows: Sequence[Tokens]) -> Tensor:
+        nonlocal cached, positions_B
+        if cached is None:
+            prefixes = [row[:-1] for row in rows]  # the last token's logits are wanted
+            cached = prefill(model, prefixes, room, dtype)
+            positions_B = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+        cache, cached_BS = cached
+        position_BT = positions_B[:, None]
+        logits_BV = model(
+            torch.tensor([[int(row[-1])] for row in rows], device=device),
+            cache=cache,
+            branches=Branches(torch.zeros_like(position_BT), position_BT, cached_BS),
+            logits_at=torch.arange(len(rows), device=device),
+        )
         assert isinstance(logits_BV, Tensor)
+        cached = cache, torch.cat((cached_BS, position_BT), dim=1)
+        positions_B = positions_B + 1
         if shared:
             torch.distributed.broadcast(logits_BV, 0)
         return logits_BV
@@ -126,55 +165,96 @@ def cached_steps(
     return step
 
 
+def prefill(
+    model: Transformer, prefixes: Sequence[Tokens], room: int, dtype: torch.dtype | None
+) -> tuple[KVCache, Tensor]:
+    """(a cache with the tokens of every row and `room` behind them, their positions [B, S]).
+
+    Rows are padded on the right; a padded position is -1 (`Branches`).
+    """
+    weight = model.embedding.weight
+    tokens_BS = padded(prefixes, 0, weight.device)
+    B, S = tokens_BS.shape
+    cache = KVCache(model.cfg, B, S + room, weight.device, dtype or weight.dtype)
+    if S:
+        nothing = torch.empty(0, dtype=torch.long, device=weight.device)
+        model(tokens_BS, cache=cache, logits_at=nothing)
+    lengths_B = torch.tensor([len(prefix) for prefix in prefixes], device=weight.device)
+    positions_S = torch.arange(S, device=weight.device)
+    return cache, torch.where(positions_S < lengths_B[:, None], positions_S, -1)
+
+
+def padded(rows: Sequence[Tokens], fill: int, device: torch.device) -> Tensor:
+    """[rows, longest], filled up on the right."""
+    full = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for into, row in zip(full, rows, strict=True):
+        into[: len(row)] = row
+    return torch.from_numpy(full).to(device)
+
+
+def hf_steps(model: Any) -> Step:
+    """Steps of a class of transformers, with its own cache. Prompts are padded on the left."""
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    past: Any = None
+    seen_BS = torch.empty(0)
+
+    def step(rows: Sequence[Tokens]) -> Tensor:
+        nonlocal past, seen_BS
+        longest = max(map(len, rows))
+        tokens = [[0] * (longest - len(row)) + [int(i) for i in row] for row in rows]
+        is_token = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        new_BT = torch.tensor(is_token, device=model.device)
+        seen_BS = new_BT if past is None else torch.cat((seen_BS, new_BT), dim=1)
+        how = {"attention_mask": seen_BS, "past_key_values": past, "use_cache": True}
+        if takes_positions:
+            how["position_ids"] = (seen_BS.cumsum(dim=1) - 1).clamp(min=0)[:, -longest:]
+        output = model(torch.tensor(tokens, device=model.device), **how)
+        past = output.past_key_values
+        return output.logits[:, -1]
+
+    return step
+
+
+# --- generating ids ------------------------------------------------------------------------------
+
+
 def stream_ids(
     step: Step,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Tokens],
     *,
     max_new_tokens: int,
     sampling: Sampling,
     eot_id: int | None,
     seeds: Sequence[int] | None = None,
     stop: Callable[[int, int], bool] = lambda row, token: False,
+    lost: set[int] | None = None,
+    lockstep: bool = False,
 ) -> Iterator[tuple[int, int]]:
     """(row, its next new token), until every row has ended.
 
     A row ends before `eot_id`, after `max_new_tokens`, or behind a token for which
-    `stop(row, token)` holds. `seeds`: one per row (default: sampling.seed for all).
-
-    Prompts of unequal length need no padding: all rows begin together with as many tokens as the
-    shortest prompt has, and a row that has more takes these in place of drawn ones::
-
-        A A A + + + +      A, B, C: the prompts; +: new tokens
-        B B B B B + +      one column per step, but the first three are one
-        C C C C + + +
+    `stop(row, token)` holds. `seeds`: one per row (default: sampling.seed for all). `lost`: takes
+    the rows whose logits are not finite, or all the same; they end. None: RunError where they are
+    not finite. lockstep: go on until the rows of every rank have ended.
     """
-    width = min(map(len, prompts))
-    rows = [list(prompt) for prompt in prompts]
-    ends = [len(prompt) + max_new_tokens for prompt in prompts]
+    rows = [[int(i) for i in prompt] for prompt in prompts]
     own = [sampling.seed] * len(rows) if seeds is None else seeds
     generators = [torch.Generator().manual_seed(seed) for seed in own]
     alive = set(range(len(rows)))
-    fresh_BT = torch.tensor([row[:width] for row in rows], dtype=torch.long)
-    while True:
+    fresh: Sequence[Tokens] = rows
+    for _ in range(max_new_tokens):
         with torch.no_grad():  # not around the yield; not inference_mode: FSDP keeps tensors
-            logits_BV = step(fresh_BT)
-        for i, prompt in enumerate(prompts):
-            if len(prompt) > width or i not in alive:
-                continue
-            with torch.no_grad():
-                token = _pick(logits_BV[i], rows[i], sampling, generators[i])
-            if token == eot_id:
+            tokens = _picked(step(fresh), alive, rows, sampling, generators, lost)
+        alive = {i for i, token in tokens.items() if token != eot_id}
+        for i in sorted(alive):
+            rows[i].append(tokens[i])
+            yield i, tokens[i]
+            if stop(i, tokens[i]):
                 alive.remove(i)
-                continue
-            rows[i].append(token)
-            yield i, token
-            if stop(i, token) or len(rows[i]) == ends[i]:
-                alive.remove(i)
-        if not alive:
+        if not (any(dist.all_gather(bool(alive))) if lockstep else alive):
             return
         # what has ended goes on with any token: nobody looks at it, and no row sees another
-        fresh_BT = torch.tensor([[row[width] if len(row) > width else row[-1]] for row in rows])
-        width += 1
+        fresh = [row[-1:] for row in rows]
 
 
 def generate(
@@ -184,28 +264,31 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     eot_id: int | None = None,
-    stop: Callable[[int, int], bool] = lambda row, token: False,
+    seeds: Sequence[int] | None = None,
+    stop: Callable[[int, int], bool] | None = None,
+    dtype: torch.dtype | None = None,
+    shared: bool = False,
 ) -> list[list[int]]:
     """The continuation of each of `prompts`, without it and without the end of text; one batch.
 
-    `stop`: see `stream_ids`. Row i is drawn with the seed sampling.seed + i. Raises InputError if
-    a prompt is empty, has ids that the model lacks, or does not fit max_seq_len together with
-    `max_new_tokens`.
+    `stop`: see `stream_ids`. Row i is drawn with seeds[i] (default: sampling.seed + i). dtype,
+    shared: see `cached_steps`. Leaves the model in evaluation mode. Raises InputError if a prompt
+    is empty, has ids that the model lacks, or does not fit max_seq_len together with
+    `max_new_tokens`, RunError for logits that are not finite.
     """
     sampling = sampling or Sampling()
     for prompt in prompts:
         check_length(prompt, max_new_tokens, model.cfg.max_seq_len, model.cfg.vocab_size)
     model.eval()
     new: list[list[int]] = [[] for _ in prompts]
-    step = cached_steps(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
     for row, token in stream_ids(
-        step,
+        cached_steps(model, max_new_tokens, dtype=dtype, shared=shared),
         prompts,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         eot_id=eot_id,
-        seeds=[sampling.seed + i for i in range(len(prompts))],
-        stop=stop,
+        seeds=seeds or [sampling.seed + i for i in range(len(prompts))],
+        stop=stop or (lambda row, token: False),
     ):
         new[row].append(token)
     return new

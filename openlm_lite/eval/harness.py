@@ -5,7 +5,7 @@
                                                                      through lm-eval's own
 
     lm-eval --> strings --> Requests --> ids --> Scorer (choices of a question share their context)
-                                            `--> generate.stream_ids
+                                            `--> generate.generate
 
 The rules by which strings become ids are those of lm-eval's Hugging Face model: a checkpoint here
 and its exported folder there have the same log-likelihoods.
@@ -21,17 +21,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from openlm_lite import dist
 from openlm_lite.data.tokenizer import Tokenizer
 from openlm_lite.errors import InputError, RunError
-from openlm_lite.eval.generate import Sampling, cached_steps, stream_ids
+from openlm_lite.eval.generate import Sampling, generate
 from openlm_lite.eval.held_out import windows
 from openlm_lite.eval.model_scorer import ModelScorer
 from openlm_lite.eval.scorer import BatchLimits, Choice, score_all
 from openlm_lite.eval.text import TextStream
-from openlm_lite.model.transformer import Transformer
+from openlm_lite.hf.source import open_source, with_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -46,22 +47,22 @@ class Requests:
 
     def __init__(
         self,
-        model: Transformer,
+        scorer: ModelScorer,
         tokenizer: Tokenizer,
         *,
-        scorer: ModelScorer | None = None,
         batch: BatchLimits | None = None,
+        bos: bool = True,
     ) -> None:
-        """`scorer` scores with `model`; default: a new one."""
-        self.model, self.tokenizer = model, tokenizer
-        self.scorer = scorer or ModelScorer(model)
+        """bos: begin with what the tokenizer's file wants before a text."""
+        self.scorer, self.tokenizer = scorer, tokenizer
         self.batch = batch or BatchLimits()
-        self.max_seq_len = self.scorer.max_seq_len
+        self.max_seq_len = scorer.max_seq_len
+        self.bos_ids = list(tokenizer.bos_ids) if bos else []
         self.prefix_id = tokenizer.bos_ids[0] if tokenizer.bos_ids else tokenizer.eot_id
-        """what stands before a text that has nothing before it"""
+        """what stands before a text that has nothing before it, as in lm-eval with either bos"""
 
     def encode(self, text: str) -> list[int]:
-        return [*self.tokenizer.bos_ids, *self.tokenizer.encode(text).tolist()]
+        return [*self.bos_ids, *self.tokenizer.encode(text).tolist()]
 
     def loglikelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): sum of log p in nats, and whether it is greedy's choice.
@@ -106,9 +107,8 @@ class Requests:
             if ids and ids[0] == self.prefix_id:
                 return ids[:1], ids[1:]
             return [self.prefix_id], ids
-        stripped = context.rstrip()
         ids = self.encode(context + continuation)
-        n_before = len(self.encode(stripped)) if stripped else 0
+        n_before = len(self.encode(context.rstrip()))  # of spaces alone: what a text begins with
         if not n_before:
             return [self.prefix_id], ids
         return ids[:n_before], ids[n_before:]
@@ -117,9 +117,7 @@ class Requests:
         """The log-likelihood of each whole text, nats, in windows as long as the model takes."""
         questions, owners = [], []
         for number, text in enumerate(texts):
-            ids = self.tokenizer.encode(text)
-            if self.tokenizer.bos_ids:
-                ids = torch.tensor(self.encode(text)).numpy()
+            ids = np.array(self.encode(text))
             if not len(ids):
                 continue
             for window in windows(ids, self.prefix_id, self.max_seq_len, self.max_seq_len):
@@ -164,24 +162,22 @@ class Requests:
     def _continued(self, prompts: list[list[int]], numbers: list[int], plan: _Plan) -> list[str]:
         streams = [TextStream(self.tokenizer, plan.stop) for _ in prompts]
         texts = [""] * len(prompts)
-        self.model.eval()
-        step = cached_steps(
-            self.model,
-            len(prompts),
-            max(map(len, prompts)) + plan.max_new_tokens,
-            dtype=self.scorer.dtype,
-            shared=self.scorer.lockstep,
-        )
-        for row, token in stream_ids(
-            step,
+
+        def has_stopped(row: int, token: int) -> bool:
+            texts[row] += streams[row].feed(token)
+            return streams[row].stopped
+
+        generate(
+            self.scorer.model,
             prompts,
             max_new_tokens=plan.max_new_tokens,
             sampling=plan.sampling,
             eot_id=self.tokenizer.eot_id,
             seeds=[plan.sampling.seed + number for number in numbers],
-            stop=lambda row, token: streams[row].stopped,
-        ):
-            texts[row] += streams[row].feed(token)
+            stop=has_stopped,
+            dtype=self.scorer.dtype,
+            shared=self.scorer.lockstep,
+        )
         return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
 
 
@@ -265,7 +261,7 @@ def model_class() -> Any:
                     path, tokenizer, average, device or "cpu", _sequences(batch_size)
                 )
             self.requests = requests
-            self._device = requests.model.embedding.weight.device
+            self._device = requests.scorer.model.embedding.weight.device
             if not requests.scorer.lockstep:  # else every rank answers every request
                 self._rank, self._world_size = dist.rank(), dist.world_size()
 
@@ -312,15 +308,39 @@ def open_requests(
     path: str, tokenizer: str | None, average: str | None, device: str, sequences: int
 ) -> Requests:
     """The model at `path` (`hf.source.open_source`), ready to be asked."""
-    from openlm_lite.hf.source import build_model, find_tokenizer, open_source
-
     if device.startswith("cuda") and not torch.cuda.is_available():
         log.warning("device %s: torch finds no CUDA device here; the model runs on the CPU", device)
         device = "cpu"  # lm-eval asks for cuda:0 where nothing else is said
-    source = open_source(path, average=average)
-    model = build_model(source.cfg, source.weights).to(device)
-    words = find_tokenizer(source.path, tokenizer, source.cfg.vocab_size)
-    return Requests(model, words, batch=BatchLimits(sequences=sequences))
+    model, words = with_tokenizer(open_source(path, average=average), tokenizer)
+    return Requests(ModelScorer(model.to(device)), words, batch=BatchLimits(sequences=sequences))
+
+
+def check_tasks(tasks: Sequence[str], tasks_dir: str | None) -> Any:
+    """lm-eval's TaskManager that knows `tasks` (`run_harness`); InputError for one that is unknown.
+
+    Whether their data can be had shows only when they are asked.
+    """
+    require_lm_eval()
+    manager = _task_manager(tuple(tasks), tasks_dir)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise InputError(
+            f"lm-eval: {', '.join(unknown)}: no such task"
+            + (f" in {tasks_dir} or" if tasks_dir else "")
+            + " in lm-eval; `lm-eval ls tasks` lists its own"
+        )
+    return manager
+
+
+@functools.lru_cache(maxsize=1)  # it reads thousands of files, once for the check and the run
+def _task_manager(tasks: tuple[str, ...], tasks_dir: str | None) -> Any:
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    if tasks_dir:
+        manager = TaskManager(include_path=tasks_dir, include_defaults=False)
+        if all(task in manager.all_tasks for task in tasks):
+            return manager
+    return TaskManager(include_path=tasks_dir)
 
 
 def run_harness(
@@ -338,20 +358,9 @@ def run_harness(
     Every rank gets the same. Seeds Python's, numpy's and torch's generators, as lm-eval does.
     Raises InputError for a task that is not known, RunError for logits that say nothing.
     """
-    require_lm_eval()
+    manager = check_tasks(tasks, tasks_dir)
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    manager = TaskManager(include_path=tasks_dir, include_defaults=False) if tasks_dir else None
-    if manager is None or not all(task in manager.all_tasks for task in tasks):
-        manager = TaskManager(include_path=tasks_dir)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise InputError(
-            f"lm-eval: {', '.join(unknown)}: no such task"
-            + (f" in {tasks_dir} or" if tasks_dir else "")
-            + " in lm-eval; `lm-eval ls tasks` lists its own"
-        )
     found = simple_evaluate(
         model=model_class()(requests=requests),
         tasks=list(tasks),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,12 +60,6 @@ def dataset_at(path: str) -> Dataset | None:
     """The dataset at `path`, if a manifest is there."""
     is_manifest = os.path.basename(path) == MANIFEST_NAME
     return open_dataset(path) if is_manifest or _has_manifest(path) else None
-
-
-def check_source(path: str) -> None:
-    """Raises InputError where `path` holds neither a dataset nor text."""
-    if dataset_at(path) is None:
-        texts_at(path, "text")
 
 
 def _has_manifest(path: str) -> bool:
@@ -145,7 +139,7 @@ def _byte_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
 # --- raw text ------------------------------------------------------------------------------------
 
 
-def texts_at(path: str, text_field: str) -> Iterator[str]:
+def texts_at(path: str, text_field: str) -> Generator[str]:
     """The documents of a file, a folder or a glob; InputError at once where there is none."""
     files = storage.list_files(path)
     known = [(file, format) for file in files if (format := format_of(file)) is not None]
@@ -157,7 +151,7 @@ def texts_at(path: str, text_field: str) -> Iterator[str]:
     return _documents(known, text_field)
 
 
-def _documents(files: Sequence[tuple[str, Format]], text_field: str) -> Iterator[str]:
+def _documents(files: Sequence[tuple[str, Format]], text_field: str) -> Generator[str]:
     for file, format in files:
         for document in read_documents(file, format, text_field=text_field):
             yield document.text

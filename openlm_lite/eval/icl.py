@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from openlm_lite import dist
 from openlm_lite.data.tokenizer import Tokenizer
@@ -24,6 +24,7 @@ from openlm_lite.eval.prompts import (
     Data,
     Example,
     NotScorableError,
+    check_rows,
     examples,
     find_data,
     read_data,
@@ -82,7 +83,9 @@ class Record:
 
 
 class Journal(Protocol):
-    """Where records are kept while a suite runs."""
+    """Where records are kept while a suite runs; `claim` and `load` are collective."""
+
+    def claim(self) -> None: ...
 
     def load(self, task: Task, data: Data) -> dict[Key, Record]: ...
 
@@ -138,21 +141,31 @@ def run_suite(
     *,
     journal: Journal | None = None,
     progress: bool = True,
+    checked: bool = False,
 ) -> SuiteResult:
     """Ask the model every task of `tasks` whose data is under `data_dir`; collective.
 
-    All files are read and checked before the model is asked anything. Every rank returns the same.
-    Raises InputError for a malformed row (task and row in the message), and where no task has data.
+    All files are read and checked before the model is asked anything (`checked`: their rows have
+    been tried with `read_suite`, and are not again). Every rank returns the same. Raises InputError
+    for a row that cannot be asked (task and row in the message), where no task has data, and for a
+    journal that cannot be had.
     """
     settings = settings or SuiteSettings()
-    files, missing = find_files(tasks, data_dir)
+    data: dict[str, Data] = {}
+    missing: dict[str, str] = {}
 
-    def read() -> dict[str, Data]:
-        return {task.label: read_data(task, files[task.label]) for task in tasks_here}
+    def read(check: bool) -> None:
+        found, lacking = read_suite(
+            tasks, data_dir, tokenizer, settings, scorer.max_seq_len, check=check
+        )
+        data.update(found)
+        missing.update(lacking)
 
-    tasks_here = [task for task in tasks if task.label in files]
-    dist.on_main(lambda: len(read()))  # bad input is told once
-    data = read()
+    dist.on_main(lambda: read(check=not checked))  # bad input is told once
+    dist.on_all_ranks(lambda: None if dist.rank() == 0 else read(check=False))
+    if journal is not None:
+        journal.claim()
+    tasks_here = [task for task in tasks if task.label in data]
     results = {}
     bar = Progress(tasks_here, data, settings.limit, enabled=progress and dist.rank() == 0)
     with bar:
@@ -167,6 +180,36 @@ def run_suite(
                 bar.skip(task)
     order = {task.label: i for i, task in enumerate(tasks)}
     return SuiteResult(results, dict(sorted(missing.items(), key=lambda item: order[item[0]])))
+
+
+def read_suite(
+    tasks: Sequence[Task],
+    data_dir: str,
+    tokenizer: Tokenizer,
+    settings: SuiteSettings,
+    max_seq_len: int,
+    *,
+    check: bool = True,
+) -> tuple[dict[str, Data], dict[str, str]]:
+    """(label -> its rows, label -> why there are none), on this rank alone.
+
+    max_seq_len: the model's; check: each row is tried, too. Raises InputError as `run_suite`.
+    """
+    files, missing = find_files(tasks, data_dir)
+    data = {task.label: read_data(task, files[task.label]) for task in tasks if task.label in files}
+    for task in tasks if check else ():
+        if task.label in data:
+            check_rows(task, data[task.label], tokenizer, **_how(tokenizer, settings, max_seq_len))
+    return data, missing
+
+
+def _how(tokenizer: Tokenizer, settings: SuiteSettings, max_seq_len: int) -> dict[str, Any]:
+    """The settings of `examples`."""
+    return {
+        "max_seq_len": min(settings.max_seq_len, max_seq_len),
+        "limit": settings.limit,
+        "bos_ids": tokenizer.bos_ids if settings.bos else (),
+    }
 
 
 def find_files(tasks: Sequence[Task], data_dir: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -199,16 +242,8 @@ def _run_task(
     bar: Progress,
 ) -> TaskResult:
     start = time.monotonic()
-    asked = list(
-        examples(
-            task,
-            data,
-            tokenizer,
-            max_seq_len=min(settings.max_seq_len, scorer.max_seq_len),
-            limit=settings.limit,
-            bos_ids=tokenizer.bos_ids if settings.bos else (),
-        )
-    )
+    how = _how(tokenizer, settings, scorer.max_seq_len)
+    asked = list(examples(task, data, tokenizer, **how))
     wanted = {(example.category, example.index) for example in asked}
     known = {} if journal is None else journal.load(task, data)
     known = {key: record for key, record in known.items() if key in wanted}
@@ -240,7 +275,8 @@ def _own_batches(
         room = max((example.max_new_tokens or 0 for example in asked), default=0)
         batches = plan_prompts([len(example.seqs[0]) for example in asked], room, limits)
     else:
-        batches = plan_batches([_question(e) for e in asked], limits, scorer.vocab_size)
+        questions = [_question(e) for e in asked]
+        batches = plan_batches(questions, limits, scorer.vocab_size, scorer.shares_prefixes)
     rank, world = dist.rank(), dist.world_size()
     for cached in (True, False):
         of_kind = [batch.indices for batch in batches if batch.cached is cached]

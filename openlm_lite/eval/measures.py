@@ -11,19 +11,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from openlm_lite.data.tokenizer import Tokenizer
 from openlm_lite.errors import InputError
-from openlm_lite.eval.aggregate import aggregate
-from openlm_lite.eval.aiw import AIWConfig, run_aiw
-from openlm_lite.eval.harness import PREFIX, Requests, require_lm_eval, run_harness
+from openlm_lite.eval.aggregate import aggregate, harness_scores
+from openlm_lite.eval.aiw import AIWConfig, check_aiw, run_aiw
+from openlm_lite.eval.harness import PREFIX, Requests, check_tasks, require_lm_eval, run_harness
 from openlm_lite.eval.icl import SuiteResult, SuiteSettings, run_suite
 from openlm_lite.eval.model_scorer import ModelScorer
-from openlm_lite.eval.perplexity import PerplexityConfig, measure
+from openlm_lite.eval.perplexity import PerplexityConfig, check_text, measure
 from openlm_lite.eval.tasks import Task, tasks_of
+from openlm_lite.model.config import ModelConfig
 
 AIW = "aiw"
 
@@ -60,42 +62,84 @@ def words_of(suite: str) -> Words:
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured, and how."""
+    """What is measured, and how. Raises InputError as `words_of`."""
 
-    words: Words
+    suite: str = ""
+    """words; empty: held-out text alone"""
     data: str = ""
     """the folder of DCLM's local_data/, the paper's aiw/prompts.json, task files of lm-eval"""
-    suite: SuiteSettings = field(default_factory=SuiteSettings)
+    settings: SuiteSettings = field(default_factory=SuiteSettings)
+    """of DCLM's tasks; lm-eval's have its batches, its limit and its beginning of text"""
     aiw: AIWConfig = field(default_factory=AIWConfig)
     texts: Mapping[str, str] = field(default_factory=dict)
-    """name -> dataset, file, folder or glob"""
+    """held-out text: name -> dataset, file, folder or glob"""
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
 
+    def __post_init__(self) -> None:
+        self.words  # noqa: B018  (raises for what is no word)
 
-def measure_all(
-    scorer: ModelScorer, tokenizer: Tokenizer, wanted: Measures, progress: bool = False
-) -> dict[str, Any]:
-    """Plain values, the same on every rank; collective. DCLM's tasks have run_suite for more.
+    @functools.cached_property
+    def words(self) -> Words:
+        return words_of(self.suite) if self.suite else Words((), False, ())
 
-    Keys: `suite` (a SuiteResult), `aiw`, `lm_eval`, `texts`; those that were asked for. Leaves the
-    model in evaluation mode. lm-eval seeds the global generators; nothing else touches them.
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a result has: name -> how it is asked; None for DCLM's tasks, which have records."""
+        found: dict[str, Any] = {task.label: None for task in self.words.tasks}
+        if self.words.aiw:
+            found[AIW] = dataclasses.asdict(self.aiw)
+        how = {"limit": self.settings.limit, "bos": self.settings.bos}
+        found |= {f"{PREFIX}{task}": how for task in self.words.harness}
+        how = dataclasses.asdict(self.perplexity)
+        return found | {f"text {n}": {"path": p, **how} for n, p in self.texts.items()}
+
+
+def check_measures(wanted: Measures, tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raises InputError for what cannot be had, or cannot be asked of such a model.
+
+    Not of DCLM's tasks (`icl.read_suite`).
+    """
+    words = wanted.words
+    if words.aiw:
+        check_aiw(tokenizer, wanted.aiw, wanted.data, model.max_seq_len, model.vocab_size)
+    for path in wanted.texts.values():
+        check_text(model, tokenizer, path, wanted.perplexity)
+    if words.harness:
+        check_tasks(words.harness, wanted.data or None)
+
+
+def measure_all(scorer: ModelScorer, tokenizer: Tokenizer, wanted: Measures) -> dict[str, Any]:
+    """Plain values, the same on every rank; collective.
+
+    `wanted` has been found good by `check_measures` and `icl.read_suite`. Keys: `suite` (a
+    SuiteResult) and those of `measure_others`; what was asked for.
     """
     found: dict[str, Any] = {}
-    words, model = wanted.words, scorer.model
-    if words.tasks:
+    if tasks := wanted.words.tasks:
         found["suite"] = run_suite(
-            scorer, tokenizer, words.tasks, wanted.data, wanted.suite, progress=progress
+            scorer, tokenizer, tasks, wanted.data, wanted.settings, progress=False, checked=True
         )
-    if words.aiw:
-        found["aiw"] = run_aiw(model, scorer, tokenizer, wanted.aiw, wanted.data, scorer.dtype)
-    if words.harness:
-        requests = Requests(model, tokenizer, scorer=scorer, batch=wanted.suite.batch)
+    return found | measure_others(scorer, tokenizer, wanted)
+
+
+def measure_others(scorer: ModelScorer, tokenizer: Tokenizer, wanted: Measures) -> dict[str, Any]:
+    """All but DCLM's tasks, as `measure_all`. Keys: `aiw`, `lm_eval`, `texts`.
+
+    Leaves the model in evaluation mode. lm-eval seeds the global generators; nothing else touches
+    them.
+    """
+    found: dict[str, Any] = {}
+    if wanted.words.aiw:
+        found["aiw"] = run_aiw(scorer, tokenizer, wanted.aiw, wanted.data)
+    if harness := wanted.words.harness:
+        how = wanted.settings
+        requests = Requests(scorer, tokenizer, batch=how.batch, bos=how.bos)
         found["lm_eval"] = run_harness(
-            requests, words.harness, tasks_dir=wanted.data or None, limit=wanted.suite.limit
+            requests, harness, tasks_dir=wanted.data or None, limit=how.limit
         )
     if wanted.texts:
         found["texts"] = {
-            name: dataclasses.asdict(measure(model, tokenizer, path, wanted.perplexity))
+            name: dataclasses.asdict(measure(scorer.model, tokenizer, path, wanted.perplexity))
             for name, path in wanted.texts.items()
         }
     return found
@@ -124,10 +168,8 @@ def metrics_of(found: Mapping[str, Any]) -> dict[str, float]:
     for name in ("right", "over_m"):
         if "likelihood" in aiw:
             metrics[f"eval/aiw/likelihood_{name}"] = aiw["likelihood"][name]["rate"]
-    for task, values in found.get("lm_eval", {}).get("tasks", {}).items():
-        for name, value in values.items():
-            if isinstance(value, float) and "stderr" not in name:
-                metrics[f"eval/lm-eval/{task}/{name}"] = value
+    for name, value in harness_scores(found.get("lm_eval")).items():
+        metrics[f"eval/{name}"] = value
     for source, values in found.get("texts", {}).items():
         for name in ("loss", "bits_per_byte"):
             if values[name] is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 import torch.distributed
 
 from openlm_lite import dist
-from openlm_lite.data.dataset import check_fits_model
+from openlm_lite.data.dataset import Dataset, check_fits_model
 from openlm_lite.data.tokenizer import Tokenizer
 from openlm_lite.errors import InputError, RunError
 from openlm_lite.eval.held_out import (
@@ -32,6 +33,7 @@ from openlm_lite.eval.held_out import (
     texts_at,
 )
 from openlm_lite.eval.intervals import bootstrap_mean
+from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.loss import IGNORE_INDEX
 from openlm_lite.model.transformer import Transformer
 
@@ -94,6 +96,52 @@ class SourceLoss:
     stride: int
 
 
+class _Reading(NamedTuple):
+    """How a source is read by a model."""
+
+    dataset: Dataset | None
+    """None: raw text"""
+    seq_len: int
+    stride: int
+
+
+def _reading(
+    model: ModelConfig, tokenizer: Tokenizer | None, path: str, cfg: PerplexityConfig
+) -> _Reading:
+    dataset = dataset_at(path)
+    if dataset is None:
+        if tokenizer is None:
+            raise InputError(f"{path}: raw text needs the model's tokenizer; name it (--tokenizer)")
+        seq_len = cfg.seq_len or model.max_seq_len
+    else:
+        check_fits_model(dataset, model.vocab_size)
+        check_same_tokenizer(dataset, tokenizer)
+        seq_len = cfg.seq_len or longest_row(dataset, model.max_seq_len)
+        dataset.rows_per_block(seq_len)  # raises where blocks cannot be cut so
+    stride = seq_len if dataset is not None else cfg.stride or seq_len
+    if seq_len > model.max_seq_len:
+        raise InputError(
+            f"perplexity: seq_len = {seq_len} is longer than the model's max_seq_len = "
+            f"{model.max_seq_len}"
+        )
+    if stride > seq_len:
+        raise InputError(
+            f"perplexity: stride = {stride} is longer than the window, {seq_len} tokens: tokens "
+            "between two windows would not be scored"
+        )
+    return _Reading(dataset, seq_len, stride)
+
+
+def check_text(
+    model: ModelConfig, tokenizer: Tokenizer | None, path: str, cfg: PerplexityConfig
+) -> None:
+    """Raises InputError as `measure`, as far as it shows up to the first document or row."""
+    if _reading(model, tokenizer, path, cfg).dataset is None:
+        with closing(texts_at(path, cfg.text_field)) as texts:
+            if next(texts, None) is None:
+                raise InputError(f"{path}: holds no document")
+
+
 def measure(
     model: Transformer, tokenizer: Tokenizer | None, path: str, cfg: PerplexityConfig
 ) -> SourceLoss:
@@ -103,26 +151,7 @@ def measure(
     model may be sharded. `tokenizer`: the model's; raw text needs it. Raises InputError for what
     cannot be read or does not fit the model, RunError for a loss that is not finite.
     """
-    dataset = dataset_at(path)
-    if dataset is None:
-        if tokenizer is None:
-            raise InputError(f"{path}: raw text needs the model's tokenizer; name it (--tokenizer)")
-        seq_len = cfg.seq_len or model.cfg.max_seq_len
-    else:
-        check_fits_model(dataset, model.cfg.vocab_size)
-        check_same_tokenizer(dataset, tokenizer)
-        seq_len = cfg.seq_len or longest_row(dataset, model.cfg.max_seq_len)
-    stride = seq_len if dataset is not None else cfg.stride or seq_len
-    if seq_len > model.cfg.max_seq_len:
-        raise InputError(
-            f"perplexity: seq_len = {seq_len} is longer than the model's max_seq_len = "
-            f"{model.cfg.max_seq_len}"
-        )
-    if stride > seq_len:
-        raise InputError(
-            f"perplexity: stride = {stride} is longer than the window, {seq_len} tokens: tokens "
-            "between two windows would not be scored"
-        )
+    dataset, seq_len, stride = _reading(model.cfg, tokenizer, path, cfg)
     counted = Counted()
     if dataset is None:
         assert tokenizer is not None

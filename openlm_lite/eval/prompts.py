@@ -19,7 +19,8 @@ import json
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,27 @@ def examples(
     for name, rows in data.categories.items():
         if category is None or name == category:
             yield from _Category(task, name, rows, tokenizer, max_seq_len, bos_ids).examples(limit)
+
+
+def check_rows(
+    task: Task,
+    data: Data,
+    tokenizer: Tokenizer,
+    *,
+    max_seq_len: int = MAX_SEQ_LEN,
+    limit: int | None = None,
+    bos_ids: Sequence[int] = (),
+) -> None:
+    """Raises InputError where `examples` would for the same rows, in a part of its time.
+
+    One shot stands for several: they matter here only as the tokens before an empty question.
+    """
+    few = replace(task, shots=min(task.shots, 1))
+    with suppress(NotScorableError):  # which is no mistake in the data
+        for _ in examples(
+            few, data, tokenizer, max_seq_len=max_seq_len, limit=limit, bos_ids=bos_ids
+        ):
+            pass
 
 
 def fewshot_indices(n_rows: int, shots: int, index: int, rng: random.Random) -> list[int]:

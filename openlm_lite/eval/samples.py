@@ -11,7 +11,7 @@ from openlm_lite import dist
 from openlm_lite.data.tokenizer import dataset_tokenizer
 from openlm_lite.errors import InputError
 from openlm_lite.eval.during import untouched
-from openlm_lite.eval.generate import Sampling, cached_steps, stream_ids
+from openlm_lite.eval.generate import generate
 from openlm_lite.model.transformer import Transformer
 
 
@@ -70,20 +70,15 @@ class Sampler:
         """
         if not self.ids:
             return []
-        new: list[list[int]] = [[] for _ in self.ids]
-        longest = max(map(len, self.ids)) + self.cfg.tokens
         with untouched(model, beat):
-            step = cached_steps(
-                model, len(self.ids), longest, dtype=dtype, shared=dist.world_size() > 1
-            )
-            for row, token in stream_ids(
-                step,
+            new = generate(
+                model,
                 self.ids,
                 max_new_tokens=self.cfg.tokens,
-                sampling=Sampling(),
                 eot_id=self.tokenizer.eot_id,
-            ):
-                if token < self.tokenizer.vocab_size:  # a padded vocabulary has more
-                    new[row].append(token)
-        texts = [self.tokenizer.decode(ids) for ids in new]
+                dtype=dtype,
+                shared=dist.world_size() > 1,
+            )
+        n_ids = self.tokenizer.vocab_size  # a padded vocabulary has more
+        texts = [self.tokenizer.decode([i for i in ids if i < n_ids]) for ids in new]
         return list(zip(self.cfg.prompts, texts, strict=True))

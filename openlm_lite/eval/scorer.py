@@ -66,6 +66,9 @@ class Scorer(Protocol):
     backend: str
     lockstep: bool
     """whether all ranks have to call it equally often, because they hold it together (FSDP)"""
+    shares_prefixes: bool
+    """whether what the choices of a question begin with alike is computed once, and logits at the
+    answers alone; else every choice is a row, with logits at all of its positions"""
 
     def score(self, questions: Sequence[Question]) -> list[list[ChoiceScore]]:
         """The scores of one batch, in its order."""
@@ -118,8 +121,12 @@ class _Size(NamedTuple):
     index: int
 
 
-def _size(question: Question, index: int) -> _Size:
-    prefix, n = shared_prefix(question), len(question)
+def _size(question: Question, index: int, shares_prefixes: bool) -> _Size:
+    n = len(question)
+    if not shares_prefixes:
+        width = max(len(choice.tokens) for choice in question)
+        return _Size(0, width, n, n, n * width, index)
+    prefix = shared_prefix(question)
     lengths = [len(choice.tokens) - prefix for choice in question]
     scored = sum(len(choice.tokens) - choice.start for choice in question)
     if prefix:
@@ -136,14 +143,17 @@ class Batch(NamedTuple):
 
 
 def plan_batches(
-    questions: Sequence[Question], limits: BatchLimits, vocab_size: int
+    questions: Sequence[Question],
+    limits: BatchLimits,
+    vocab_size: int,
+    shares_prefixes: bool = True,
 ) -> list[Batch]:
     """Indices of `questions`, batch by batch: the longest first, alike ones together.
 
-    Batches with cached prefixes (they come first) and those without are not mixed; a question that
-    is over the limits makes a batch by itself.
+    shares_prefixes: see `Scorer`. Batches with cached prefixes (they come first) and those without
+    are not mixed; a question that is over the limits makes a batch by itself.
     """
-    sizes = [_size(question, i) for i, question in enumerate(questions)]
+    sizes = [_size(question, i, shares_prefixes) for i, question in enumerate(questions)]
     return _plan(sizes, limits, vocab_size)
 
 
@@ -183,7 +193,8 @@ def score_all(
 ) -> list[list[ChoiceScore]]:
     """The scores of any number of questions, in their order, on this rank alone."""
     scores: list[list[ChoiceScore]] = [[] for _ in questions]
-    for indices, _ in plan_batches(questions, limits or BatchLimits(), scorer.vocab_size):
+    limits = limits or BatchLimits()
+    for indices, _ in plan_batches(questions, limits, scorer.vocab_size, scorer.shares_prefixes):
         for i, found in zip(indices, scorer.score([questions[i] for i in indices]), strict=True):
             scores[i] = found
     return scores

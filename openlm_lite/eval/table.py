@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openlm_lite import run_files
 from openlm_lite.errors import InputError
 from openlm_lite.eval.aggregate import aggregate, read_scores
 from openlm_lite.eval.tasks import Baselines, all_tasks
@@ -115,7 +116,7 @@ def _name(path: str) -> str:
     parts = Path(model["path"]).parts
     average = model.get("average")
     named = f" ({average['name']})" if isinstance(average, dict) and "name" in average else ""
-    kept = [part for part in parts[-3:] if part != "checkpoints"]
+    kept = [part for part in parts[-3:] if part != run_files.CHECKPOINTS]
     return "/".join(kept[-2:]) + named
 
 

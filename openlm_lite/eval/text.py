@@ -10,17 +10,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from openlm_lite.checkpoint import resolve_checkpoint
 from openlm_lite.data.tokenizer import Tokenizer, load_tokenizer
 from openlm_lite.errors import InputError
-from openlm_lite.eval.generate import Sampling, Step, cached_steps, check_length, stream_ids
-from openlm_lite.hf.compare import load_hf
-from openlm_lite.hf.source import find_tokenizer, read_model
+from openlm_lite.eval.generate import (
+    Sampling,
+    Step,
+    cached_steps,
+    check_length,
+    hf_steps,
+    stream_ids,
+)
+from openlm_lite.hf.compare import load_hf, max_positions
+from openlm_lite.hf.source import open_source, with_tokenizer
 
 
 class TextStream:
@@ -175,9 +180,8 @@ def _pieces(
         texts = [TextStream(model.tokenizer, stop) for _ in numbers]
         counts = [0] * len(numbers)
         prompts = [ids[number] for number in numbers]
-        step = model.make_step(len(prompts), max(map(len, prompts)) + max_new_tokens)
         stream = stream_ids(
-            step,
+            model.make_step(max_new_tokens),
             prompts,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
@@ -203,21 +207,14 @@ class _Loaded(NamedTuple):
     tokenizer: Tokenizer
     max_seq_len: int
     vocab_size: int
-    make_step: Callable[[int, int], Step]
-    """(batch size, longest sequence) -> what makes the steps of such a batch"""
+    make_step: Callable[[int], Step]
+    """new tokens -> what makes the steps of a batch with as many"""
 
 
 def _load_ours(path: str, tokenizer: str | None, device: str, average: str | None) -> _Loaded:
-    step_folder = resolve_checkpoint(path)
-    model = read_model(step_folder, average).to(device)
-    words = find_tokenizer(step_folder, tokenizer, model.cfg.vocab_size)
-    cfg = model.cfg
-    return _Loaded(
-        words,
-        cfg.max_seq_len,
-        cfg.vocab_size,
-        lambda size, length: cached_steps(model, size, length),
-    )
+    model, words = with_tokenizer(open_source(path, average=average), tokenizer)
+    model, cfg = model.to(device), model.cfg
+    return _Loaded(words, cfg.max_seq_len, cfg.vocab_size, lambda room: cached_steps(model, room))
 
 
 def _load_exported(path: str, tokenizer: str | None, device: str, average: str | None) -> _Loaded:
@@ -225,20 +222,8 @@ def _load_exported(path: str, tokenizer: str | None, device: str, average: str |
         raise InputError(f"{path}: is a Hugging Face folder, which has no average {average!r}")
     words = load_tokenizer(tokenizer or path)
     model = load_hf(path, "auto").to(device)
-
-    def make_step(_batch_size: int, _max_len: int) -> Step:
-        past: Any = None
-
-        def step(tokens_BT: Tensor) -> Tensor:
-            nonlocal past
-            output = model(tokens_BT.to(device), past_key_values=past, use_cache=True)
-            past = output.past_key_values
-            return output.logits[:, -1]
-
-        return step
-
     config = model.config
-    return _Loaded(words, config.max_position_embeddings, config.vocab_size, make_step)
+    return _Loaded(words, max_positions(config), config.vocab_size, lambda _: hf_steps(model))
 
 
 def _check_device(device: str) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from openlm_lite import run_files
 from openlm_lite.checkpoint import read_document
 from openlm_lite.config import flatten, parse_yaml
 from openlm_lite.errors import InputError
@@ -112,7 +113,7 @@ def _soup(parts: Sequence[Mapping[str, Any]]) -> str:
 
 def _run_config(path: str) -> dict[str, Any] | None:
     try:
-        config = parse_yaml(read_document(path, "config.yaml"), "config.yaml")
+        config = parse_yaml(read_document(path, run_files.CONFIG), run_files.CONFIG)
     except InputError:
         return None
     return config if isinstance(config, dict) else None
@@ -121,7 +122,7 @@ def _run_config(path: str) -> dict[str, Any] | None:
 def _results(source: Source) -> dict[str, Any]:
     """The newest validation losses up to the checkpoint's step, from the run's metrics.jsonl."""
     run = os.path.dirname(os.path.dirname(os.path.abspath(source.path)))
-    metrics = os.path.join(run, "metrics.jsonl")
+    metrics = os.path.join(run, run_files.METRICS)
     if source.kind != "checkpoint" or not os.path.isfile(metrics):
         return {}
     found: dict[str, Any] = {}

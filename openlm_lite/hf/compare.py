@@ -105,6 +105,19 @@ def load_hf(
         raise InputError(f"{folder}: transformers cannot load this folder: {reason}") from e
 
 
+_ANY_LENGTH = 1 << 30
+
+
+def max_positions(config: Any) -> int:
+    """The tokens that a class of transformers takes, of its config; 2**30 where it states no limit.
+
+    MPT calls it max_seq_len; BLOOM states none, as ALiBi has none.
+    """
+    names = ("max_position_embeddings", "max_seq_len")
+    stated = (getattr(config, name, None) for name in names)
+    return next((n for n in stated if n is not None), _ANY_LENGTH)
+
+
 def _refuse_incomplete(folder: str, hf_class: str, found: Mapping[str, Any]) -> None:
     """Raises InputError for weights that were not in the folder as the class has them.
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 
+from openlm_lite import run_files
 from openlm_lite.config import to_plain
 from openlm_lite.errors import InputError
 from openlm_lite.hf.compare import difference, our_logits, their_logits
@@ -46,7 +47,7 @@ def import_model(
     found = open_source(source, model)
     if found.kind == "checkpoint":
         raise InputError(f"{source}: is a checkpoint of ours already; use it as it is")
-    documents = {"model.json": json.dumps(to_plain(found.cfg), indent=2) + "\n"}
+    documents = {run_files.MODEL: json.dumps(to_plain(found.cfg), indent=2) + "\n"}
     documents |= tokenizer_documents(found.path)
     facts = {**found.facts, "notes": list(found.notes)}
     save_weights(checkpoint, found.weights, documents=documents, facts={"source": facts})

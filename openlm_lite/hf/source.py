@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from openlm_lite import storage
+from openlm_lite import run_files, storage
 from openlm_lite.average.saved import FACTS_KEY
 from openlm_lite.checkpoint import read_document, resolve_checkpoint
 from openlm_lite.commit import COMMIT_NAME, read_commit
@@ -137,8 +137,8 @@ def _checkpoint(path: str, average: str | None) -> Source:
 
 def read_model_config(step_folder: str) -> ModelConfig:
     """The architecture that `step_folder`/model.json states; InputError if it states none."""
-    place = os.path.join(step_folder, "model.json")
-    return _decoded(parse_yaml(read_document(step_folder, "model.json"), place), place)
+    place = os.path.join(step_folder, run_files.MODEL)
+    return _decoded(parse_yaml(read_document(step_folder, run_files.MODEL), place), place)
 
 
 def _decoded(plain: Any, place: str) -> ModelConfig:
@@ -305,6 +305,13 @@ def read_model(path: str, average: str | None = None) -> Transformer:
     return build_model(source.cfg, source.weights)
 
 
+def with_tokenizer(source: Source, tokenizer: str | None) -> tuple[Transformer, Tokenizer]:
+    """The model, as `build_model`, and what it reads with (`find_tokenizer`), which is looked for
+    before the weights are read."""
+    words = find_tokenizer(source.path, tokenizer, source.cfg.vocab_size)
+    return build_model(source.cfg, source.weights), words
+
+
 def tokenizer_documents(folder: str) -> dict[str, str]:
     """The tokenizer in `folder`, if there is one, as documents of a checkpoint: name -> text.
 
@@ -341,7 +348,7 @@ def find_tokenizer(folder: str, spec: str | None, vocab_size: int) -> Tokenizer:
 def tokenizer_folder(folder: str) -> str:
     """Where the tokenizer of the model at `folder` lies (`find_tokenizer`); InputError: nowhere."""
     parent = os.path.dirname(os.path.abspath(folder))
-    run = os.path.dirname(parent) if os.path.basename(parent) == "checkpoints" else parent
+    run = os.path.dirname(parent) if os.path.basename(parent) == run_files.CHECKPOINTS else parent
     places = [folder, run]
     if data := _training_data(folder):
         places.append(data if os.path.isdir(data) else os.path.dirname(data))
@@ -357,8 +364,8 @@ def tokenizer_folder(folder: str) -> str:
 def _training_data(step_folder: str) -> str | None:
     """The (first) training dataset in the checkpoint's config.yaml; None where it states none."""
     try:
-        text = read_document(step_folder, "config.yaml")
-        data = parse_yaml(text, "config.yaml")["data"]
+        text = read_document(step_folder, run_files.CONFIG)
+        data = parse_yaml(text, run_files.CONFIG)["data"]
         paths = [data["train"], *(source["path"] for source in data["sources"].values())]
         path = next(path for path in paths if path)
     except (InputError, KeyError, TypeError, AttributeError, StopIteration):

@@ -87,7 +87,7 @@ def test_answers_are_taken_as_the_paper_takes_them(response: str, answer: str | 
 
 def run(model: Transformer, words: Tokenizer, cfg: AIWConfig, data: str = "") -> dict[str, Any]:
     with process_group():
-        return run_aiw(model, ModelScorer(model), words, cfg, data)
+        return run_aiw(ModelScorer(model), words, cfg, data)
 
 
 def test_rates_are_counts_with_their_intervals_whatever_the_batch(
@@ -107,6 +107,28 @@ def test_rates_are_counts_with_their_intervals_whatever_the_batch(
     again = run(model, tokenizer, replace(cfg, batch_size=24))
     assert again == found
     json.dumps(found, allow_nan=False)
+
+
+def test_seeds_share_no_text_and_a_text_keeps_its_seed_whatever_else_is_asked(
+    model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[dict[tuple[int, ...], list[int]]] = []
+
+    def seen(_: Any, prompts: list[list[int]], *, seeds: list[int], **how: Any) -> list[list[int]]:
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            used[-1].setdefault(tuple(prompt), []).append(seed)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr("openlm_lite.eval.aiw.generate", seen)
+    how: dict[str, Any] = {"likelihood": False, "batch_size": 7}
+    for seed, trials, drawn in ((0, 4, 0), (1, 4, 0), (0, 9, 3)):
+        used.append({})
+        run(model, tokenizer, AIWConfig(seed=seed, trials=trials, drawn=drawn, **how))
+    zero, one, more = used
+    every = [seed for found in (zero, one) for seeds in found.values() for seed in seeds]
+    assert len(set(every)) == len(every) == 2 * 6 * 4
+    for prompt, seeds in zero.items():
+        assert sorted(more[prompt][:4]) == sorted(seeds) and len(more[prompt]) == 9
 
 
 class _Digits(torch.nn.Module):
@@ -169,6 +191,7 @@ def test_bad_input_is_named_before_the_model_is_asked(
         ({"trials": -1}, "must not be negative"),
         ({"trials": 0, "likelihood": False}, "asks nothing"),
         ({"temperature": 0.0}, "set trials = 1"),
+        ({"top_p": 2.0, "top_k": -1, "seed": -1}, r"aiw: top_k = -1, .*top_p = 2.0, .*seed = -1"),
     ):
         with pytest.raises(InputError, match=message):
             AIWConfig(**wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -13,10 +14,13 @@ from typing import Any
 import pytest
 
 from openlm_lite import cli
+from openlm_lite.eval.model_scorer import ModelScorer
 from openlm_lite.eval.tasks import task_named
 from openlm_lite.hf.export import export_checkpoint
 from tests.eval.test_icl import ROWS, write_rows
+from tests.run_faults import fault
 from tests.tiny_run import save_tiny_run, tiny_config, tiny_model, tiny_tokenizer
+from tests.train_server import TrainServer
 
 SUITE = "copa,bigbench_operators,gsm8k_cot,jeopardy,squad"
 
@@ -131,6 +135,72 @@ print(ranks(2, "two"), ranks(1, "one"))
         assert two["tasks"][label]["accuracy"] == task["accuracy"], label
     names = {path.name for path in (tmp_path / "two" / "records").iterdir()}
     assert {"copa.0.jsonl", "copa.1.jsonl"} <= names
+
+
+def records_of(out: Path) -> list[tuple[str, int]]:
+    return sorted(
+        (file.name.split(".")[0], json.loads(line)["index"])
+        for file in (out / "records").iterdir()
+        for line in file.read_text().splitlines()
+        if line.strip()
+    )
+
+
+def test_an_evaluation_goes_on_with_another_number_of_ranks_one_of_which_comes_late(
+    capsys: pytest.CaptureFixture[str],
+    train_server: TrainServer,
+    run_folder: Path,
+    data_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """Rank 1 comes to the second task when rank 0 may have written of it."""
+    words = [run_folder, "--suite", "copa,bigbench_operators", "--data", data_dir]
+    words += ["--batch-size", "6", "--device", "cpu", "--out", tmp_path / "out"]
+    alone = as_json(capsys, "eval", *words)
+    whole = records_of(tmp_path / "out")
+    for file in (tmp_path / "out" / "records").iterdir():
+        file.write_text("\n".join(file.read_text().splitlines()[:3]))
+    (tmp_path / "out" / "result.json").unlink()
+    late = [fault("sleep", 1, "journal", 2)]
+    done = train_server.train(*map(str, words), verb="eval", world=2, faults=late)
+    assert done["codes"] == [0, 0]
+    together = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert together["settings"]["ranks"] == 2
+    for label, task in alone["tasks"].items():
+        assert together["tasks"][label]["accuracy"] == task["accuracy"]
+    assert records_of(tmp_path / "out") == whole  # each row was asked once
+
+
+def test_what_stands_in_a_result_alone_is_not_given_up_for_another_evaluation(
+    capsys: pytest.CaptureFixture[str],
+    run_folder: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And that is told before the model is asked. AIW has no records, yet holds its folder."""
+    out = tmp_path / "out"
+    aiw = ("--suite", "aiw", "--aiw-trials", "0", "--aiw-drawn", "1", "--device", "cpu")
+    first = as_json(capsys, "eval", run_folder, *aiw, "--out", out)
+    assert as_json(capsys, "eval", run_folder, *aiw, "--out", out)["aiw"] == first["aiw"]
+    more = (*aiw[:1], "copa,aiw", *aiw[2:], "--data", data_dir, "--out", out)
+    both = as_json(capsys, "eval", run_folder, *more)
+    assert both["aiw"] == first["aiw"] and list(both["tasks"]) == ["copa"]
+    kept = (out / "result.json").read_text()
+
+    monkeypatch.setattr(ModelScorer, "score", None)  # asked nothing
+    for words, told in (
+        (aiw, "its result.json has copa, and this evaluation, which does not ask for that"),
+        ((*more[:-4], "--aiw-seed", 3, *more[-4:]), 'its result.json has aiw with {"form": "base"'),
+        ((*more, "--no-bos", "--max-seq-len", "99"), "max_seq_len = 512, this one has 99"),
+    ):
+        code, _, err = openlm(capsys, "eval", run_folder, *words, "--out", out)
+        assert code == 2 and told in err
+        assert (out / "result.json").read_text() == kept
+    with (out / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = openlm(capsys, "eval", run_folder, *aiw, "--out", out)
+        assert code == 2 and "another evaluation works there" in err
 
 
 def test_means_of_scores_are_printed(

@@ -15,9 +15,11 @@ from openlm_lite.cli import main
 from openlm_lite.data.tokenizer import Tokenizer
 from openlm_lite.errors import InputError, RunError
 from openlm_lite.eval.generate import Sampling, cached_steps, filtered_logits, generate
+from openlm_lite.eval.model_scorer import HFScorer
 from openlm_lite.eval.text import TextStream, generate_texts, read_prompts
-from openlm_lite.hf.compare import load_hf
+from openlm_lite.hf.compare import load_hf, max_positions
 from openlm_lite.hf.export import export_checkpoint
+from openlm_lite.model.attention import KVCache
 from openlm_lite.model.transformer import Transformer
 from tests.tiny_run import TEXT, save_tiny_run, tiny_config, tiny_model, tiny_tokenizer
 
@@ -79,11 +81,18 @@ def test_greedy_generation_equals_without_cache_and_transformers_token_for_token
 @pytest.mark.parametrize("split", [1, 5, 19])
 def test_a_prompt_may_be_given_to_the_cache_in_parts(model: Transformer, split: int) -> None:
     tokens = list(range(1, 21))
+
+    def last(cache: KVCache, part: list[int]) -> torch.Tensor:
+        at = torch.tensor([len(part) - 1])
+        logits_nV = model(torch.tensor([part]), cache=cache, logits_at=at)
+        assert isinstance(logits_nV, torch.Tensor)
+        return logits_nV
+
     with torch.inference_mode():
-        whole = cached_steps(model, 1, 20)(torch.tensor([tokens]))
-        step = cached_steps(model, 1, 20)
-        step(torch.tensor([tokens[:split]]))
-        parts = step(torch.tensor([tokens[split:]]))
+        whole = cached_steps(model, 1)([tokens])
+        cache = KVCache(model.cfg, 1, 20, torch.device("cpu"), torch.float32)
+        last(cache, tokens[:split])
+        parts = last(cache, tokens[split:])
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
@@ -272,6 +281,39 @@ def test_rows_of_unequal_length_are_continued_as_each_alone(prompts: list[list[i
     model = tiny_model(tiny_config(positions="alibi", qk_norm="none"))
     together = generate(model, prompts, max_new_tokens=6)
     assert together == [generate(model, [one], max_new_tokens=6)[0] for one in prompts]
+
+
+@pytest.mark.parametrize("kind", ["mpt", "bloom"])
+def test_classes_that_state_their_length_otherwise_or_not_at_all_are_continued(
+    kind: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """MPT has a max_seq_len, BLOOM none: it takes prompts of any length."""
+    from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
+
+    torch.manual_seed(0)
+    made: Any
+    if kind == "mpt":
+        made = MptForCausalLM(
+            MptConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=48, vocab_size=320)
+        )
+    else:
+        made = BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=16, n_layer=1, n_head=2))
+    made.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    loaded = load_hf(str(tmp_path), torch.float32)
+    scorer = HFScorer(loaded)
+    assert scorer.max_seq_len == max_positions(loaded.config) == (48 if kind == "mpt" else 1 << 30)
+    prompts = ["A small tokenizer, for", "A"]
+    together = texts_of(str(tmp_path), prompts, max_new_tokens=8)
+    for prompt, text in zip(prompts, together, strict=True):
+        ids = tokenizer.encode(prompt).tolist()
+        [new] = scorer.generate([ids], 8, tokenizer.eot_id, lambda tokens: False)
+        assert new is not None and text == tokenizer.decode(new)
+    if kind == "mpt":
+        with pytest.raises(InputError, match="max_seq_len = 48"):
+            texts_of(str(tmp_path), [TEXT * 2], max_new_tokens=8)
+    else:
+        assert texts_of(str(tmp_path), [TEXT * 2], max_new_tokens=2) != [""]
 
 
 def test_stop_strings_cut_the_text_where_transformers_stops(run: Path, hf: Path) -> None:

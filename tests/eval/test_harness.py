@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from openlm_lite import cli
 from openlm_lite.data.tokenizer import Tokenizer
 from openlm_lite.errors import InputError, RunError
+from openlm_lite.eval.during import TaskEval, TaskEvalConfig
 from openlm_lite.eval.generate import Sampling, generate
 from openlm_lite.eval.harness import (
     Requests,
@@ -27,11 +29,19 @@ from openlm_lite.eval.harness import (
     require_lm_eval,
     run_harness,
 )
+from openlm_lite.eval.model_scorer import ModelScorer
 from openlm_lite.eval.perplexity import PerplexityConfig, measure
 from openlm_lite.eval.scorer import BatchLimits
 from openlm_lite.hf.export import export_checkpoint
 from openlm_lite.model.transformer import Transformer
-from tests.tiny_run import TEXT, save_tiny_run, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny_run import (
+    TEXT,
+    save_tiny_run,
+    save_with_bos,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 PAIRS = [
     ("A small", " tokenizer"),
@@ -66,7 +76,7 @@ def model() -> Transformer:
 
 @pytest.fixture(scope="module")
 def requests(model: Transformer, tokenizer: Tokenizer) -> Requests:
-    return Requests(model, tokenizer, batch=BatchLimits(sequences=4))
+    return Requests(ModelScorer(model), tokenizer, batch=BatchLimits(sequences=4))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +107,26 @@ def test_loglikelihoods_are_sums_over_the_continuation(
         assert loglik == pytest.approx(logits.gather(1, wanted[:, None]).sum().item(), abs=1e-4)
         assert greedy == bool((logits.argmax(-1) == wanted).all())
     assert "2 of 8 contexts are longer than the model takes" in caplog.text
+
+
+def test_what_a_text_begins_with_is_read_once_and_scored_never(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Also before a context of spaces alone; and left out where bos is."""
+    words = save_with_bos(tokenizer, tmp_path)
+    begin = tokenizer.eot_id
+    with_bos = Requests(ModelScorer(model), words)
+    without = Requests(ModelScorer(model), words, bos=False)
+    for context, continuation in (("A small", " text"), (" ", "text"), ("", "again")):
+        plain = tokenizer.encode(context + continuation).tolist()
+        n_before = len(tokenizer.encode(context.rstrip()))
+        assert with_bos._ids_of(context, continuation) == (
+            [begin, *plain[:n_before]],
+            plain[n_before:],
+        )
+        before = plain[:n_before] or [begin]  # something has to predict the first token
+        assert without._ids_of(context, continuation) == (before, plain[n_before:])
+    assert without.encode("A") == with_bos.encode("A")[1:] == tokenizer.encode("A").tolist()
 
 
 def test_rolling_loglikelihoods_are_those_of_perplexity(
@@ -148,7 +178,7 @@ def test_what_cannot_be_scored_is_named(requests: Requests, tokenizer: Tokenizer
         broken = tiny_model(tiny_config())
         torch.nn.init.constant_(broken.output.weight, value)
         with pytest.raises(RunError, match=message):
-            Requests(broken, tokenizer).loglikelihoods(PAIRS)
+            Requests(ModelScorer(broken), tokenizer).loglikelihoods(PAIRS)
 
 
 def test_an_absent_lm_eval_is_an_error_with_the_install_line(
@@ -276,6 +306,21 @@ def test_local_tasks_score_alike_offline_with_and_without_shots(
     one = ours["tasks"]["small_mc"]
     assert (one["shots"], one["rows"], one["rows_of_task"]) == (shots or 0, 9, 12)
     json.dumps(ours, allow_nan=False)
+
+
+@theirs
+def test_a_task_that_lm_eval_does_not_know_is_told_before_the_model_is_asked(
+    run: Path, tasks: Path, lm_eval: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks_eval: dict[str, Any] = {"suite": "lm-eval:small_mc,smal_mc", "data": str(tasks)}
+    with offline(tasks):
+        with pytest.raises(InputError, match=r"eval.tasks: lm-eval: smal_mc: no such task in"):
+            TaskEval(TaskEvalConfig(**tasks_eval), tiny_config(), str(run), ())
+        out = tasks / "out"
+        words = [f"--{name}={value}" for name, value in tasks_eval.items()]
+        assert cli.main(["eval", str(run), *words, "--device", "cpu", "--out", str(out)]) == 2
+    assert "smal_mc: no such task" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @theirs

@@ -24,7 +24,7 @@ from openlm_lite.eval.prompts import Example, examples, find_data, read_data
 from openlm_lite.eval.scorer import Choice, ChoiceScore, Question, Scorer, score_all
 from openlm_lite.eval.scoring import begins_right, chosen, final_answer, is_tie, perplexity
 from openlm_lite.eval.tasks import Task, all_tasks, task_named, tasks_of
-from tests.tiny_run import tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny_run import save_with_bos, tiny_config, tiny_model, tiny_tokenizer
 
 # --- against llm-foundry -------------------------------------------------------------------------
 
@@ -237,20 +237,8 @@ def test_a_limit_leaves_the_prompts_as_they_are(tokenizer: Tokenizer, data_dir: 
 def test_what_the_tokenizers_file_begins_with_stands_first_once(
     tokenizer: Tokenizer, data_dir: Path, tmp_path: Path
 ) -> None:
-    tokenizer.save(tmp_path)
-    document = json.loads((tmp_path / "tokenizer.json").read_text())
-    begin = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    token = {"id": "<|endoftext|>", "ids": [tokenizer.eot_id], "tokens": ["<|endoftext|>"]}
-    document["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [begin, text],
-        "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<|endoftext|>": token},
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
-    with_bos = load_tokenizer(str(tmp_path))
-    assert with_bos.bos_ids == (tokenizer.eot_id,) and tokenizer.bos_ids == ()
+    with_bos = save_with_bos(tokenizer, tmp_path)
+    assert tokenizer.bos_ids == ()
     for task in (COPA, OPERATORS):  # without and with shots
         data = read_data(task, str(data_dir / task.file))
         plain = next(examples(task, data, with_bos))
@@ -358,12 +346,17 @@ def test_a_malformed_row_is_told_with_task_and_row(
         run(scorer, tokenizer, data_dir, [OPERATORS, task] if task != OPERATORS else [task])
 
 
-def test_a_question_without_a_token_before_the_answer_is_told(
+def test_a_question_without_a_token_before_the_answer_is_told_before_any_task_is_asked(
     scorer: ModelScorer, tokenizer: Tokenizer, data_dir: Path
 ) -> None:
     write_rows(data_dir, COPA, [{"query": " ", "choices": ["a", "b"], "gold": 0}])
+    counting = Counting(scorer)
     with pytest.raises(InputError, match=r"task copa, row 0 \(from 0\), choice 0: there is no tok"):
-        run(scorer, tokenizer, data_dir, [COPA])
+        run(counting, tokenizer, data_dir, [OPERATORS, COPA])
+    assert counting.asked == 0
+    # behind shots an empty question has tokens before its answer
+    write_rows(data_dir, OPERATORS, [{"context": " ", "continuation": " and"}] * 3)
+    assert "bigbench_operators" in run(scorer, tokenizer, data_dir, [OPERATORS]).tasks
 
 
 def test_a_folder_without_any_of_the_data_is_refused(
@@ -432,6 +425,40 @@ def test_records_of_other_data_are_not_taken(
         with FolderJournal(str(tmp_path / "out"), {}) as journal:
             run(counting, tokenizer, data_dir, [COPA], journal=journal)
         assert counting.asked == 9
+
+
+def test_a_larger_limit_asks_only_the_rows_that_are_new(
+    scorer: ModelScorer, tokenizer: Tokenizer, data_dir: Path, tmp_path: Path
+) -> None:
+    asked = []
+    for limit in (4, 7, 2, None):
+        counting = Counting(scorer)
+        with FolderJournal(str(tmp_path / "out"), {}) as journal:
+            result = run(
+                counting,
+                tokenizer,
+                data_dir,
+                [OPERATORS],
+                settings=SuiteSettings(limit=limit),
+                journal=journal,
+            )
+        asked.append(counting.asked)
+        assert result.tasks["bigbench_operators"].rows == (limit or 13)
+    assert asked == [4, 3, 0, 6]
+
+
+def test_a_folder_is_claimed_once_by_one_journal(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with FolderJournal(out, {"model": "a"}, {"aiw": {"seed": 0}}) as journal:
+        journal.claim()
+        journal.claim()
+        with FolderJournal(out, {"model": "a"}) as other:
+            for _ in range(2):
+                with pytest.raises(InputError, match="another evaluation works there"):
+                    other.claim()
+    (tmp_path / "out" / "result.json").write_text("[]")
+    with FolderJournal(out, {"model": "a"}) as other, pytest.raises(InputError, match="not ours"):
+        other.claim()
 
 
 def test_one_folder_is_for_one_model_and_one_process_at_a_time(

@@ -72,6 +72,15 @@ def test_the_command_prints_text_losses_and_aiw_and_agrees_with_its_json(
     assert metrics["eval/aiw/likelihood_right"] == right["right"] / right["trials"]
 
 
+def test_scores_of_lm_eval_are_metrics_but_errors_and_versions_are_none() -> None:
+    values = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm,custom": 0.25, "version": 1.0, "rows": 3}
+    found = {"lm_eval": {"lm_eval_version": "0.4.9", "tasks": {"piqa": values}}}
+    assert metrics_of(found) == {
+        "eval/lm-eval/piqa/acc": 0.5,
+        "eval/lm-eval/piqa/acc_norm,custom": 0.25,
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

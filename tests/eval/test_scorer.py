@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openlm_lite.eval.model_scorer import ModelScorer
+from openlm_lite.eval.model_scorer import HFScorer, ModelScorer
 from openlm_lite.eval.scorer import (
     BatchLimits,
     Choice,
@@ -135,6 +137,30 @@ def test_batches_hold_every_question_once_and_keep_the_limits(
             assert sum(map(len, members)) <= sequences
             longest = max(len(choice.tokens) for q in members for choice in q)
             assert longest * len(members) <= tokens
+
+
+class _Rows:
+    """What transformers' class is asked to compute: the shapes of its rows."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(vocab_size=97)
+        self.device = torch.device("cpu")
+        self.shapes: list[torch.Size] = []
+
+    def __call__(self, tokens_BT: torch.Tensor, use_cache: bool) -> Any:
+        self.shapes.append(tokens_BT.shape)
+        return SimpleNamespace(logits=torch.zeros(*tokens_BT.shape, 97))
+
+
+def test_a_scorer_that_reads_every_choice_whole_keeps_the_limits_with_that() -> None:
+    context = list(range(40))
+    questions = [[Choice([*context, i], 40) for i in range(4)] for _ in range(6)]
+    limits = BatchLimits(sequences=24, tokens=400)
+    rows = _Rows()
+    score_all(HFScorer(rows), questions, limits)
+    assert sum(B for B, _ in rows.shapes) == 24
+    assert all(B * T <= 400 for B, T in rows.shapes)
+    assert len(plan_batches(questions, limits, 97)) == 1  # where the context is read once
 
 
 def test_prompts_are_batched_with_the_room_for_their_answers() -> None:
