@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from openlm_lite import checkpoint, dist, run
+from openlm_lite import checkpoint, dist, run, run_files
 from openlm_lite.checkpoint import metadata_of
 from openlm_lite.commit import Commit, DamagedError, TrainState, read_commit
 from openlm_lite.data.sources import bad_shards_of, data_facts
@@ -55,12 +55,12 @@ def check_branch(cfg: RunConfig, path: str, kind: str, stream: TokenStream) -> N
         commit = read_commit(path)
     except DamagedError as problem:
         raise InputError(f"{where}: {problem}; use another checkpoint") from None
-    if "config.yaml" not in commit.files:
+    if run_files.CONFIG not in commit.files:
         raise InputError(
             f"{where} was not written by a run: it has no config.yaml, no optimizer state and no "
             "place in any data; leave model.init_from.optimizer and .data out"
         )
-    text = checkpoint.read_document(path, "config.yaml")
+    text = checkpoint.read_document(path, run_files.CONFIG)
     parent = run.parse_run(text, f"{path}/config.yaml")
     problems: list[str] = []
     if cfg.model.init_from.optimizer:

@@ -32,7 +32,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from openlm_lite import config, dist, storage
+from openlm_lite import config, dist, run_files, storage
 from openlm_lite.checkpoint_place import LocalPlace, Place, place_of, root_of
 from openlm_lite.commit import (
     COMMIT_NAME,
@@ -328,7 +328,7 @@ def resolve_checkpoint(path: str) -> str:
         return _resolve_url(kept)
     if os.path.isdir(kept):
         root = kept
-    elif kept != os.path.join(path, "checkpoints"):
+    elif kept != os.path.join(path, run_files.CHECKPOINTS):
         raise InputError(
             f"{path}: its config.yaml says checkpoint.dir = {kept}, where no folder is; {allowed}"
         )
@@ -351,7 +351,7 @@ def resolve_checkpoint(path: str) -> str:
 
 def checkpoints_of_run(folder: str) -> str:
     """Where the run in `folder` keeps its checkpoints, by its config.yaml: a path or a URL."""
-    path = os.path.join(folder, "config.yaml")
+    path = os.path.join(folder, run_files.CONFIG)
     if not os.path.isfile(path):
         return root_of(None, folder)
     try:

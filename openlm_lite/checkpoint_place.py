@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable
 from typing import Protocol
 
-from openlm_lite import commit, dist, object_store, remote_checkpoints, storage
+from openlm_lite import commit, dist, object_store, remote_checkpoints, run_files, storage
 from openlm_lite.commit import (
     COMMIT_NAME,
     TEMPORARY,
@@ -92,7 +92,7 @@ def _text(found: Commit, name: str, read: Callable[[Commit, str], bytes]) -> str
 
 def root_of(given: str | None, folder: str) -> str:
     """Where the run in `folder` keeps its checkpoints, for its checkpoint.dir: a path or a URL."""
-    return given or os.path.join(folder, "checkpoints")
+    return given or os.path.join(folder, run_files.CHECKPOINTS)
 
 
 def default_staging(root: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from openlm_lite import dist, lineage, storage
+from openlm_lite import dist, lineage, run_files, storage
 from openlm_lite.checkpoint import checkpoints_of_run
 from openlm_lite.checkpoint_place import place_of, root_of
 from openlm_lite.commit import step_folder_name, step_folders, step_of_folder
@@ -35,7 +35,6 @@ from openlm_lite.model.transformer import Transformer
 Record = dict[str, Any]
 """what was taken from where: plain values, kept in the run folder and in every checkpoint"""
 
-RECORD_NAME = "init_from.json"
 NEW = "new"
 _RANGE = re.compile(r"([0-9]{1,6})-([0-9]{1,6})")
 _AT_STEP = re.compile(r"(.+)@([0-9]{1,12})")
@@ -212,9 +211,10 @@ def first_weights(
 
     def write() -> None:
         if record is None:
-            (folder / RECORD_NAME).unlink(missing_ok=True)  # of a beginning with another config
+            # of a beginning with another config
+            (folder / run_files.INIT_FROM).unlink(missing_ok=True)
         else:
-            storage.write_json(str(folder / RECORD_NAME), record)
+            storage.write_json(str(folder / run_files.INIT_FROM), record)
 
     record = dist.on_all_ranks(fill, RunError)[0]
     dist.on_main(write, RunError)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from openlm_lite import lineage, run, storage
+from openlm_lite import lineage, run, run_files, storage
 from openlm_lite.checkpoint import checkpoints_of_run
 from openlm_lite.checkpoint_place import Place, place_of
 from openlm_lite.commit import COMMIT_NAME, DamagedError, step_of_folder
@@ -17,7 +17,6 @@ from openlm_lite.data.manifest import MANIFEST_NAME
 from openlm_lite.data.sources import open_sources, open_stream
 from openlm_lite.errors import InputError
 from openlm_lite.guard import Guard, GuardConfig, Range, first_sample_of_last
-from openlm_lite.inherit import RECORD_NAME
 from openlm_lite.log import read_metrics
 
 
@@ -50,7 +49,7 @@ def inspect_path(
     if (folder / COMMIT_NAME).is_file():
         place = place_of(os.path.dirname(os.path.abspath(path)))
         return _inspect_checkpoint(place, os.path.abspath(path), verify) | {"path": path}
-    if (folder / "config.yaml").is_file():
+    if (folder / run_files.CONFIG).is_file():
         return _inspect_run(folder, verify)
     if any(folder.glob(f"*/{MANIFEST_NAME}")) or (folder / ".prepare").is_dir():
         load_dataset(path)  # which says what to name, or that it is not finished
@@ -82,8 +81,8 @@ def _inspect_checkpoint(place: Place, path: str, verify: bool) -> dict[str, Any]
         commit = place.commit_of(path)
         if verify:
             place.bring(path, 0, 1, None)
-        has_model = "model.json" in commit.files
-        model = json.loads(place.document(commit, "model.json")) if has_model else {}
+        has_model = run_files.MODEL in commit.files
+        model = json.loads(place.document(commit, run_files.MODEL)) if has_model else {}
     except DamagedError as problem:
         raise InputError(f"{path}: {problem}") from None
     return {
@@ -120,18 +119,18 @@ def _inspect_checkpoints(place: Place, verify: bool) -> dict[str, Any]:
 
 
 def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
-    cfg = run.load_run(str(folder / "config.yaml"))
+    cfg = run.load_run(str(folder / run_files.CONFIG))
     found: dict[str, Any] = {"path": str(folder), "total_steps": cfg.steps}
-    if (folder / "metrics.jsonl").is_file():
-        records = read_metrics(folder / "metrics.jsonl")
+    if (folder / run_files.METRICS).is_file():
+        records = read_metrics(folder / run_files.METRICS)
         trained = [r for r in records if "train/loss" in r]
         if trained:
             last = trained[-1]
             found |= {k: last[k] for k in ("step", "tokens", "train/loss")}
         for record in records:  # the newest value of each source wins
             found |= {k: v for k, v in record.items() if k.startswith("val/")}
-    if (folder / RECORD_NAME).is_file():
-        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    if (folder / run_files.INIT_FROM).is_file():
+        record = json.loads((folder / run_files.INIT_FROM).read_text(encoding="utf-8"))
         found |= lineage.facts_of(record, found.get("tokens", 0))
     place = place_of(checkpoints_of_run(str(folder)))
     return found | {"verified": verify, **_inspect_checkpoints(place, verify)}
@@ -139,11 +138,11 @@ def _inspect_run(folder: Path, verify: bool) -> dict[str, Any]:
 
 def _inspect_batch(path: Path, step: int, tokenizer: str | None) -> dict[str, Any]:
     is_recipe = path.is_file() and path.suffix in (".yaml", ".yml", ".json")
-    if not is_recipe and not (path / "config.yaml").is_file():
+    if not is_recipe and not (path / run_files.CONFIG).is_file():
         raise InputError(
             f"{path}: --step needs a run folder, whose config.yaml says what is read, or a recipe"
         )
-    cfg = run.load_run(str(path if is_recipe else path / "config.yaml"))
+    cfg = run.load_run(str(path if is_recipe else path / run_files.CONFIG))
     if not 0 <= step < cfg.steps:
         raise InputError(f"--step {step}: {path} has the steps 0 to {cfg.steps - 1}")
     datasets, _ = open_sources(cfg.data, cfg.model.vocab_size)
@@ -164,8 +163,8 @@ def _left_out(folder: Path) -> list[Range]:
         except DamagedError:
             continue
         break
-    if (folder / "metrics.jsonl").is_file():
-        for record in read_metrics(folder / "metrics.jsonl"):
+    if (folder / run_files.METRICS).is_file():
+        for record in read_metrics(folder / run_files.METRICS):
             if record.get("guard/event") in ("left out", "rewind"):
                 found.append((record["guard/first_sample"], record["guard/end_sample"]))
     return found

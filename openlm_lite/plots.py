@@ -1,4 +1,7 @@
-"""Pictures: of runs, from their `metrics.jsonl`, and of schedules, from their recipes."""
+"""Pictures: of runs, from their `metrics.jsonl`, and of schedules, from their recipes.
+
+What any picture needs is here too, for those of a room of its own: where it is written, and how.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def plot_runs(
     folder. Raises InputError where no run has a training step, or without matplotlib.
     """
     found = [read_run(Path(name), all_records=True) for name in runs]
-    path = _picture(out or Path(runs[0]) / "loss.png")
+    path = picture_path(out or Path(runs[0]) / "loss.png")
     for run in found:
         for note in run.notes:
             print(f"openlm: {run.path}: {one_line(note)}", file=sys.stderr)
@@ -54,7 +57,7 @@ def plot_runs(
     for run, label in zip(drawn, curves.labels([run.path for run in drawn]), strict=True):
         _draw_run(axes, run, one_line(label, 60), x, window)
     axes["loss"].set_ylabel("loss (nats per token)")
-    axes["loss"].legend(fontsize=8)
+    _legend(axes["loss"], fontsize=8)
     for key, label in _SMALL.items():
         axes[key].set_ylabel(label, fontsize=9)
         axes[key].tick_params(labelsize=8)
@@ -63,7 +66,7 @@ def plot_runs(
     for each in axes.values():
         each.set_xlabel(_X_LABELS[x], fontsize=9)
         each.grid(alpha=0.3)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_run(axes: dict[str, Any], run: Recorded, label: str, x: X, window: int | None) -> None:
@@ -125,8 +128,8 @@ def plot_schedules(words: Sequence[str], out: str | None = None) -> str:
         (" ".join([Path(name).stem, *overrides]), schedule_points(load_run(name, overrides)))
         for name, overrides in recipes
     ]
-    path = _picture(out or "schedule.png")
-    plt = _pyplot()
+    path = picture_path(out or "schedule.png")
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), constrained_layout=True)
     for label, points in found:
         axes.plot(*zip(*points, strict=True), label=label)
@@ -134,8 +137,8 @@ def plot_schedules(words: Sequence[str], out: str | None = None) -> str:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens")
     axes.grid(alpha=0.3)
-    axes.legend()
-    return _save(figure, path)
+    _legend(axes)
+    return save(figure, path)
 
 
 def schedule_points(cfg: RunConfig) -> list[tuple[int, float]]:
@@ -147,17 +150,34 @@ def schedule_points(cfg: RunConfig) -> list[tuple[int, float]]:
     return [(cfg.tokens_at(s), lr_at(s, cfg.steps, cfg.optim.lr, schedule)) for s in sorted(steps)]
 
 
-def _picture(path: str | Path) -> Path:
-    path = Path(path)
+def _panels() -> tuple[Any, dict[str, Any]]:
+    """A figure with a large panel, `loss`, and a row of small ones under it."""
+    small = list(_SMALL)
+    return pyplot().subplot_mosaic(
+        [["loss"] * len(small), ["loss"] * len(small), small],
+        figsize=(10, 7.5),
+        constrained_layout=True,
+    )
+
+
+def _legend(axes: Any, **how: Any) -> None:
+    """What stands in a name is no mathematics."""
+    for text in axes.legend(**how).get_texts():
+        text.set_parse_math(False)
+
+
+def picture_path(path: str | Path, setting: str = "") -> Path:
+    """`path`, which `setting` named. Raises InputError where no picture could be written there."""
+    named, path = f"{setting} {path}".strip(), Path(path)
     if path.suffix not in (".png", ".svg"):
-        raise InputError(f"{path}: the picture can be .png or .svg")
+        raise InputError(f"{named}: the picture can be .png or .svg")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
+        raise InputError(f"{named}: there is no folder {path.parent}")
     return path
 
 
-def _pyplot() -> Any:
-    """matplotlib, drawing without a screen."""
+def pyplot() -> Any:
+    """matplotlib, drawing without a screen. Raises InputError where it is absent."""
     try:
         import matplotlib
     except ImportError:
@@ -165,26 +185,13 @@ def _pyplot() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    # what stands in a name is no mathematics
-    plt.rcParams["text.parse_math"] = False
     return plt
 
 
-def _panels() -> tuple[Any, dict[str, Any]]:
-    """A figure with a large panel, `loss`, and a row of small ones under it."""
-    small = list(_SMALL)
-    return _pyplot().subplot_mosaic(
-        [["loss"] * len(small), ["loss"] * len(small), small],
-        figsize=(10, 7.5),
-        constrained_layout=True,
-    )
-
-
-def _save(figure: Any, path: Path) -> str:
-    from matplotlib import pyplot as plt
-
+def save(figure: Any, path: Path) -> str:
+    """Write the picture, whole or not at all; returns its path."""
     temporary = path.with_name(f".tmp-{path.name}")
     figure.savefig(temporary, dpi=120, format=path.suffix[1:])
-    plt.close(figure)
+    pyplot().close(figure)
     temporary.replace(path)
     return str(path)

@@ -17,12 +17,12 @@ import fcntl
 import functools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from openlm_lite import commit, config, history, storage
+from openlm_lite import commit, config, history, run_files, storage
 from openlm_lite.errors import InputError
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.optim.batch_size import BatchSizes, BatchWarmupConfig
@@ -30,7 +30,8 @@ from openlm_lite.redact import redacted
 
 State = Literal["running", "stopped", "failed", "done", "empty"]
 
-METRICS_NAME, STOPPED_NAME, LOCK_NAME = "metrics.jsonl", "stopped.json", "lock"
+RECENT_STEPS = 20
+"""so many training steps at least are there, if there were so many"""
 _TAIL_BYTES = 1 << 17  # some hundred records
 _DEPTH = 4  # of run folders below the one that was named
 _MAX_CONFIG_BYTES = 1 << 20
@@ -116,16 +117,19 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
 
 def is_run(folder: Path) -> bool:
     """Whether a run has left something there: what a checkpoint or a dataset has is not enough."""
-    if any((folder / name).is_file() for name in (METRICS_NAME, history.FILE_NAME, STOPPED_NAME)):
+    if any(
+        (folder / name).is_file()
+        for name in (run_files.METRICS, run_files.EVENTS, run_files.STOPPED)
+    ):
         return True
     if (folder / commit.COMMIT_NAME).exists():
         return False  # it has a config.yaml, too
     has_steps = bool(commit.step_folders(str(folder)))  # a checkpoint.dir, which is locked too
-    return ((folder / LOCK_NAME).is_file() and not has_steps) or _is_run_config(folder)
+    return ((folder / run_files.LOCK).is_file() and not has_steps) or _is_run_config(folder)
 
 
 def _is_run_config(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+    return (folder / run_files.CONFIG).is_file() and (folder / run_files.CHECKPOINTS).is_dir()
 
 
 def _is_empty(folder: Path) -> bool:
@@ -144,14 +148,14 @@ def read_run(folder: Path, *, all_records: bool) -> Recorded:
         raise InputError(f"{folder}: no such folder; give the folder of a run (its run.dir)")
     run = Recorded(folder)
     running = _is_locked(folder, run.notes)
-    run.config = _read_config(folder / "config.yaml", run.notes)
+    run.config = _read_config(folder / run_files.CONFIG, run.notes)
     run.sizes = _sizes_of(run.config, run.notes)
-    run.records, run.changed_at = _read_lines(
-        folder / METRICS_NAME, run.notes, None if all_records else _TAIL_BYTES, running, "step"
+    run.records, run.changed_at = _read_metrics(
+        folder / run_files.METRICS, run.notes, running, all_records
     )
-    run.events, _ = _read_lines(folder / history.FILE_NAME, run.notes, None, running, "event")
-    if run.changed_at is None and (folder / LOCK_NAME).is_file():
-        run.changed_at = (folder / LOCK_NAME).stat().st_mtime
+    run.events = _read_lines(folder / run_files.EVENTS, run.notes, None, running, "event").records
+    if run.changed_at is None and (folder / run_files.LOCK).is_file():
+        run.changed_at = (folder / run_files.LOCK).stat().st_mtime
     run.checkpoint = _newest_checkpoint(folder, run)
     run.state, run.why = ("running", "") if running else _ended(run)
     return run
@@ -159,10 +163,10 @@ def read_run(folder: Path, *, all_records: bool) -> Recorded:
 
 def _ended(run: Recorded) -> tuple[State, str]:
     """The state of a run that no process holds."""
-    stopped = run.path / STOPPED_NAME
-    since: list[dict[str, Any]] = []  # the last start
+    stopped = run.path / run_files.STOPPED
+    since: list[dict[str, Any]] = []  # the last launch; runs of old versions noted the start alone
     for event in run.events:
-        since = [event] if event["event"] == "start" else [*since, event]
+        since = [event] if event["event"] in history.BEGINNINGS else [*since, event]
     ends = [event for event in since if event["event"] in history.ENDS]
     if stopped.is_file() or (ends and ends[0]["event"] == "stopped"):
         return "stopped", "on request; the same command resumes"
@@ -173,7 +177,7 @@ def _ended(run: Recorded) -> tuple[State, str]:
         return "done", ""
     if not is_run(run.path):
         return "empty", "nothing of a run is in this folder"
-    if not run.records and not run.events:
+    if not run.records and all(event["event"] == "launched" for event in run.events):
         return "stopped", "ended before its first step"
     return "stopped", "killed, or its machine went down; the same command resumes"
 
@@ -184,14 +188,14 @@ def _is_locked(folder: Path, notes: list[str]) -> bool:
     The lock is a shared one, so that two who look do not take each other for a run.
     """
     try:
-        with (folder / LOCK_NAME).open("rb") as file:
+        with (folder / run_files.LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except FileNotFoundError:
         return False
     except OSError as e:
-        notes.append(f"{LOCK_NAME}: cannot be tried ({e.strerror}): it may be running")
+        notes.append(f"{run_files.LOCK}: cannot be tried ({e.strerror}): it may be running")
     return False
 
 
@@ -225,7 +229,7 @@ def _sizes_of(plain: Mapping[str, Any], notes: list[str]) -> Sizes | None:
         if unknown := sorted(map(str, given.keys() - known)):
             notes.append(f"config.yaml: model.{unknown[0]}: of another version of openlm_lite?")
             given = {k: v for k, v in given.items() if k in known}
-        model = config.decode(ModelConfig, config.to_tree(given, "config.yaml"))
+        model = config.decode(ModelConfig, config.to_tree(given, run_files.CONFIG))
         warmup = plain.get("batch_warmup") or {}
         batches = BatchSizes.of(
             int(plain["global_batch_tokens"]),
@@ -245,9 +249,30 @@ def _sizes_of(plain: Mapping[str, Any], notes: list[str]) -> Sizes | None:
         return None
 
 
+class _Lines(NamedTuple):
+    records: list[dict[str, Any]]
+    changed_at: float | None
+    is_whole: bool
+
+
+def _read_metrics(
+    path: Path, notes: list[str], running: bool, all_records: bool
+) -> tuple[list[dict[str, Any]], float | None]:
+    """All records; or the last ones, as far back as RECENT_STEPS of training, and the time."""
+    n_bytes = None if all_records else _TAIL_BYTES
+    while True:
+        said: list[str] = []
+        found = _read_lines(path, said, n_bytes, running, "step")
+        n_steps = sum("train/loss" in record for record in found.records)
+        if n_bytes is None or found.is_whole or n_steps >= RECENT_STEPS:
+            notes += said
+            return found.records, found.changed_at
+        n_bytes *= 4  # many validations, or long texts, since the last step
+
+
 def _read_lines(
     path: Path, notes: list[str], tail_bytes: int | None, running: bool, key: str
-) -> tuple[list[dict[str, Any]], float | None]:
+) -> _Lines:
     """The objects of a file of lines that have what `key` has to be, and when it was changed."""
     try:
         with path.open("rb") as file:
@@ -256,10 +281,10 @@ def _read_lines(
             file.seek(start)
             content = file.read()
     except FileNotFoundError:
-        return [], None
+        return _Lines([], None, True)
     except OSError as e:
         notes.append(f"{path.name} cannot be read: {e.strerror}")
-        return [], None
+        return _Lines([], None, True)
     *lines, last = content.split(b"\n")
     if start:
         lines = lines[1:]  # where it began is somewhere in a line
@@ -277,7 +302,7 @@ def _read_lines(
     if n_bad:
         lines_are = "line is" if n_bad == 1 else "lines are"
         notes.append(f"{path.name}: {n_bad} {lines_are} no record, and left out")
-    return records, stat.st_mtime
+    return _Lines(records, stat.st_mtime, start == 0)
 
 
 def _record(line: bytes, key: str) -> dict[str, Any] | None:
@@ -298,7 +323,7 @@ def _newest_checkpoint(folder: Path, run: Recorded) -> Checkpoint | None:
     """
     section = run.config.get("checkpoint")
     given = section.get("dir") if isinstance(section, dict) else None
-    root = str(folder / "checkpoints") if not isinstance(given, str) else given
+    root = str(folder / run_files.CHECKPOINTS) if not isinstance(given, str) else given
     if storage.is_remote(root):
         for event in reversed(run.events):
             path, step = event.get("path"), event.get("step")
@@ -328,12 +353,6 @@ def number(record: Mapping[str, Any], key: str) -> float | None:
     except OverflowError:
         return None
     return value if abs(value) < float("inf") else None  # false of NaN, too
-
-
-def series(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(tokens, value) of the records that have both as finite numbers."""
-    pairs = ((number(r, "tokens"), number(r, key)) for r in records)
-    return [(tokens, value) for tokens, value in pairs if tokens is not None and value is not None]
 
 
 def one_line(text: object, limit: int = 300) -> str:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from openlm_lite import dist, history, log, object_store, run, storage, telemetry
+from openlm_lite import dist, history, log, object_store, run, run_files, storage, telemetry
 from openlm_lite.checkpoint_place import Place, place_of, root_of
 from openlm_lite.commit import Commit, DamagedError, TrainState
 from openlm_lite.data.sources import check_same_data
@@ -28,9 +28,6 @@ from openlm_lite.data.tokenizer import TOKENIZER_NAMES
 from openlm_lite.errors import InputError, RelayedError, SharedError
 from openlm_lite.remote_lock import RemoteLock, this_process
 from openlm_lite.run import RunConfig
-
-STOPPED_NAME = "stopped.json"
-"""in the folder after a stop on request: the run is to be launched again"""
 
 
 def checkpoints_of(cfg: RunConfig, folder: Path) -> str:
@@ -59,6 +56,7 @@ def run_folder(
             locks.append(take_lock(folder, "run.dir"))
         except OSError as e:
             raise InputError(f"run.dir: {folder} cannot be used: {e.strerror}") from None
+        history.note(folder, "launched")  # an error from here on is of this launch, not of the last
         if storage.is_remote(root):
             lock = RemoteLock(root, this_process(str(folder)))
             lock.take()
@@ -72,13 +70,13 @@ def run_folder(
                 raise InputError(f"checkpoint.dir: {root} cannot be used: {e.strerror}") from None
         # again: another run may have been quicker
         changes = check_folder(cfg, folder, stream, allow_change)
-        (folder / STOPPED_NAME).unlink(missing_ok=True)
-        storage.write_bytes(str(folder / "config.yaml"), run.resolved_yaml(cfg).encode())
+        (folder / run_files.STOPPED).unlink(missing_ok=True)
+        storage.write_bytes(str(folder / run_files.CONFIG), run.resolved_yaml(cfg).encode())
         for name in TOKENIZER_NAMES:
             source = f"{stream.sources[0].dataset.folder}/{name}"
             if storage.exists(source):
                 storage.write_bytes(str(folder / name), storage.read_bytes(source))
-        log.setup_console(folder / "log.txt")
+        log.setup_console(folder / run_files.log_of(0))
         for change in changes:
             log.logger.warning("changed on resume: %s", change)
 
@@ -87,13 +85,12 @@ def run_folder(
         dist.on_main(claim)
         claimed = True
         if dist.rank() > 0:
-            log.setup_console(folder / f"log-rank{dist.rank()}.txt", dist.rank())
-        yield place_of(root, str(folder / "checkpoints"), next(iter(remote_locks), None))
+            log.setup_console(folder / run_files.log_of(dist.rank()), dist.rank())
+        yield place_of(root, str(folder / run_files.CHECKPOINTS), next(iter(remote_locks), None))
     except Exception as e:
-        if locks:
-            log.logger.error("ended by %s: %s", type(e).__name__, e)
         if locks or (claimed and not isinstance(e, SharedError | RelayedError)):
             error = f"{type(e).__name__}: {e}"
+            log.logger.error("ended by %s", error)
             history.note(folder, "failed", error=error, rank=dist.rank())
         raise
     finally:
@@ -113,17 +110,19 @@ def is_beginning(path: Path, root: str) -> bool:
     if Path(os.path.abspath(root)).is_relative_to(os.path.abspath(path)):
         return True
     name = path.name
-    if name in ("lock", "log.txt", history.FILE_NAME) or name.startswith("log-rank"):
+    if name in (run_files.LOCK, run_files.EVENTS) or run_files.is_log(name):
         return True
-    return name.startswith(".") and "config.yaml" in name
+    return name.startswith(".") and run_files.CONFIG in name
 
 
 def mark_stopped(folder: Path, state: TrainState) -> None:
     """Leave word, for whoever launches runs, that this one stopped on request and is saved."""
     try:
-        storage.write_json(str(folder / STOPPED_NAME), {"step": state.step, "tokens": state.tokens})
+        storage.write_json(
+            str(folder / run_files.STOPPED), {"step": state.step, "tokens": state.tokens}
+        )
     except OSError as e:  # a full disk; the checkpoint may be elsewhere, the exit code tells too
-        log.logger.warning("%s: not written: %s", folder / STOPPED_NAME, e)
+        log.logger.warning("%s: not written: %s", folder / run_files.STOPPED, e)
 
 
 def check_folder(
@@ -137,7 +136,7 @@ def check_folder(
     for name, path in (("run.dir", str(folder)), ("checkpoint.dir", root)):
         if os.path.exists(path) and not os.path.isdir(path):
             raise InputError(f"{name}: {path} is a file, not a folder")
-    old_config, metrics_file = folder / "config.yaml", folder / "metrics.jsonl"
+    old_config, metrics_file = folder / run_files.CONFIG, folder / run_files.METRICS
     started = moved = False
     changes: list[str] = []
     if old_config.is_file():
@@ -153,7 +152,7 @@ def check_folder(
                 f"run.dir: {folder} holds other things ({', '.join(others[:5])}) and no run; "
                 "name a new folder"
             )
-    place = place_of(root, str(folder / "checkpoints"))
+    place = place_of(root, str(folder / run_files.CHECKPOINTS))
     newest = newest_readable(place, with_config=moved or not started)
     if newest is not None:
         commit, text = newest
@@ -172,7 +171,7 @@ def newest_readable(place: Place, with_config: bool) -> tuple[Commit, str | None
     for path in place.steps():
         try:
             commit = place.commit_of(path)
-            return commit, place.document(commit, "config.yaml") if with_config else None
+            return commit, place.document(commit, run_files.CONFIG) if with_config else None
         except DamagedError:
             continue
     return None
@@ -193,7 +192,7 @@ def take_lock(folder: Path, setting: str) -> IO[str]:
 
     setting: run.dir or checkpoint.dir, for the messages. Raises InputError where it is held.
     """
-    file = (folder / "lock").open("a+", encoding="utf-8")
+    file = (folder / run_files.LOCK).open("a+", encoding="utf-8")
     try:
         _lock(file)
     except BlockingIOError:

@@ -12,6 +12,7 @@ from typing import Any
 
 from openlm_lite.log import duration, human
 from openlm_lite.recorded import (
+    RECENT_STEPS,
     Recorded,
     ago,
     find_runs,
@@ -21,7 +22,6 @@ from openlm_lite.recorded import (
     read_run,
 )
 
-_RECENT = 20  # steps whose median speed is shown
 _HEAD = ("run", "state", "step", "loss", "tokens/s", "left", "checkpoint", "changed")
 _RIGHT = {"loss", "tokens/s", "left"}
 _CLEAR = "\x1b[H\x1b[2J"
@@ -39,7 +39,7 @@ def row_of(run: Recorded, root: Path) -> dict[str, Any]:
     """Plain values about one run; what is not known is null."""
     trained = run.trained
     last = trained[-1] if trained else {}
-    speeds = [s for r in trained[-_RECENT:] if (s := number(r, "perf/tokens_per_second"))]
+    speeds = [s for r in trained[-RECENT_STEPS:] if (s := number(r, "perf/tokens_per_second"))]
     speed = statistics.median(speeds) if speeds else None
     tokens = number(last, "tokens")
     left = None

@@ -169,7 +169,7 @@ def write_tensors(
     Raises TransferError on every rank if it failed on any.
     """
     no_dist = not dist.is_initialized()
-    with _plain_errors_and_warnings():
+    with _plain_errors_and_warnings(no_dist):
         save(
             dict(tensors),
             storage_writer=_Writer(folder, sync_files=True, overwrite=False),
@@ -230,7 +230,7 @@ def write_tensors_lazily(
     fp32 = {"dtype": torch.float32, "device": "meta"}
     expected = {name: torch.empty(shape, **fp32) for name, shape in shapes.items()}
     try:
-        with _plain_errors_and_warnings():
+        with _plain_errors_and_warnings(alone=True):
             save(
                 expected,
                 storage_writer=_LazyWriter(folder, sync_files=True, overwrite=False),
@@ -253,7 +253,7 @@ def read_tensors(
     Raises TransferError on every rank if it failed on any.
     """
     no_dist = alone or not dist.is_initialized()
-    with _plain_errors_and_warnings():
+    with _plain_errors_and_warnings(no_dist):
         load(
             dict(tensors),
             storage_reader=_Reader(folder, metadata),
@@ -271,10 +271,13 @@ def data_files_of(folder: str, rank: int) -> list[str]:
 
 
 @contextmanager
-def _plain_errors_and_warnings() -> Iterator[None]:
-    """DCP raises a BaseException, and warns where no process group exists (wanted here)."""
+def _plain_errors_and_warnings(alone: bool) -> Iterator[None]:
+    """DCP raises a BaseException, and warns where it works without a process group (wanted here).
+
+    The filters of warnings are those of all threads. A run works `alone` at its start only.
+    """
     with ExitStack() as stack:
-        if not dist.is_initialized():  # the filters are those of all threads: left alone in a run
+        if alone:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:

@@ -22,7 +22,8 @@ from openlm_lite.commit import Commit, TrainState, read_commit
 from openlm_lite.config import ConfigError
 from openlm_lite.errors import InputError
 from openlm_lite.hf.weights import checkpoint_weights
-from openlm_lite.run import load_run, memory_bytes
+from openlm_lite.memory import parts_of
+from openlm_lite.run import load_run, memory_need
 from tests.tiny_run import process_group
 
 EMA = AverageConfig("ema", decay=0.9)
@@ -191,8 +192,8 @@ def test_the_memory_estimate_counts_every_copy(toy_recipe: Path) -> None:
         str(toy_recipe),
         ["averages={a: {kind: ema, decay: 0.9}, l: {kind: lawa, snapshots: 5}}"],
     )
-    more = memory_bytes(two, 1) - memory_bytes(plain, 1)
-    assert more == 6 * 4 * plain.model.n_params
+    one, both = (parts_of(memory_need(cfg, 1)).total for cfg in (plain, two))
+    assert both - one == 6 * 4 * plain.model.n_params
     model = Model(*[0.0] * 10)
     averages = Averages(two.averages, model)
     held = sum(t.nbytes for one in averages._all.values() for slot in one.slots for t in slot)

@@ -17,7 +17,7 @@ from openlm_lite.cli import main
 from openlm_lite.curves import Axis, Curve
 from openlm_lite.recorded import read_run
 from openlm_lite.report import facts
-from openlm_lite.report.page import page, write_report
+from openlm_lite.report.page import _panels, page, write_report
 from openlm_lite.report.scores import scores_of
 from tests.recorded_run import CONFIG, step_record, write_run
 
@@ -139,8 +139,13 @@ def test_the_curves_of_a_page_are_those_of_the_records(tmp_path: Path) -> None:
 
 
 def test_events_stand_in_the_order_in_which_they_happened(tmp_path: Path) -> None:
-    rows, n_left_out = facts.events(read_run(full_run(tmp_path / "a"), all_records=True))
+    folder = full_run(tmp_path / "a")
+    rows, n_left_out = facts.events(read_run(folder, all_records=True))
     assert [row[1] for row in rows] == ["0", "4", "4", "7", "8", "12"] and n_left_out == 0
+    for event in ("launched", "launched", "start"):  # the first one was killed before its start
+        history.note(folder, event)
+    rows, _ = facts.events(read_run(folder, all_records=True))
+    assert [row[2] for row in rows[6:]] == ["launched", "started on ? x ?, ?"]
 
 
 def test_a_damaged_run_is_on_the_page_as_far_as_it_goes(tmp_path: Path, capsys: Any) -> None:
@@ -361,13 +366,18 @@ def test_a_page_about_100k_steps_is_under_2_mb_and_keeps_a_spike_of_one_step(
                 "baselines": "v2",
                 "aggregates": {"v1": {"core": 3.0}},
                 "tasks": {"a": {"accuracy": 0.5, "n": 3}, "b": {"accuracy": None}},
-                "lm_eval": {"tasks": {"c": {"acc,none": 0.25}}},
+                "lm_eval": {"tasks": {"c": {"acc": 0.25, "acc_stderr": 0.1, "version": 1.0}}},
                 "texts": {"wiki": {"loss": 3.5, "bits_per_byte": 1.1}},
                 "seconds": 0.5,
             },
-            {"core": 0.315, "a": 0.5, "lm_eval/c": 0.25, "texts/wiki": 3.5},
+            {"core": 0.315, "a": 0.5, "lm-eval/c/acc": 0.25, "texts/wiki": 3.5},
         ),
         ({"tasks": {"a": {"accuracy": float("nan")}}}, {}),
+        (
+            {"eval_metrics": {"icl": {"a": 0.5, "b": None}, "downstream_perplexity": 0.7}},
+            {"a": 0.5},
+        ),
+        ({"input": {"eval_metrics": {"icl": {"a": 0.5}}}, "low_variance": 0.3}, {"a": 0.5}),
     ],
 )
 def test_scores_are_found_in_the_forms_that_results_have(
@@ -378,12 +388,34 @@ def test_scores_are_found_in_the_forms_that_results_have(
     assert {task: score.value for task, score in scores.items()} == expected and not notes
 
 
+def test_a_score_of_a_file_is_shown_unless_the_run_has_one_of_a_later_step(tmp_path: Path) -> None:
+    records = [step_record(i) for i in range(1, 13)]
+    for step, value in ((4, 0.1), (8, 0.2)):
+        names = ("early/accuracy", "late/accuracy", "somewhere/accuracy", "alone/accuracy")
+        scores = {f"eval/{name}": value for name in (*names, "lm-eval/piqa/acc")}
+        records.insert(step, {"step": step, "tokens": 256 * step, **scores})
+    folder = write_run(tmp_path / "a", records=records)
+    for step, task in ((6, "early"), (8, "late")):
+        result = {"step": step, "tasks": {task: {"accuracy": 0.5}}}
+        result["lm_eval"] = {"tasks": {"piqa": {"acc": 0.6}}}
+        (folder / f"eval-{task}.json").write_text(json.dumps(result))
+    (folder / "eval.json").write_text(json.dumps({"somewhere": 0.5}))
+    rows, notes = facts.evaluations([read_run(folder, all_records=True)])
+    assert not notes and rows == [
+        ["alone", "0.2000 (step 8)"],
+        ["early", "0.2000 (step 8)"],
+        ["late", "0.5000 (step 8)"],
+        ["lm-eval/piqa/acc", "0.6000 (step 8)"],
+        ["somewhere", "0.5000 (eval.json)"],
+    ]
+
+
 # --- pictures ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("x", ["flops", "time"])
 def test_plot_draws_runs_over_each_axis(tmp_path: Path, x: str, capsys: Any) -> None:
-    pytest.importorskip("matplotlib")
+    matplotlib: Any = pytest.importorskip("matplotlib")
     a, b = write_run(tmp_path / "a", 60), write_run(tmp_path / "$b_1", 5)
     (tmp_path / "empty").mkdir()
     out = tmp_path / "p.svg"
@@ -393,6 +425,7 @@ def test_plot_draws_runs_over_each_axis(tmp_path: Path, x: str, capsys: Any) -> 
     names = {"tokens": "tokens", "flops": "FLOPs", "time": "training time (hours)", "step": "step"}
     assert f"<!-- {names[x]} -->" in picture and "<!-- gradient norm -->" in picture
     assert "<!-- $b_1 train -->" in picture
+    assert matplotlib.rcParams["text.parse_math"]  # the powers of a fit's axes are mathematics
     assert "empty: no metrics.jsonl with a training step yet" in capsys.readouterr().err
 
 
@@ -414,3 +447,15 @@ def test_plot_refuses_what_it_cannot_draw_and_writes_nothing(tmp_path: Path, cap
 def test_write_report_lies_in_the_first_run_unless_it_is_told(tmp_path: Path) -> None:
     a = full_run(tmp_path / "a")
     assert write_report([str(a)]) == str(a / "report.html")
+
+
+def test_norms_of_many_layers_are_one_panel_with_the_first_and_the_last() -> None:
+    keys = ["train/grad_norm", "perf/seconds/clip", "perf/seconds/optimizer"]
+    keys += [f"{kind}/layers.{i}" for i in range(80) for kind in ("grad_norm", "param_norm")]
+    panels = {panel["title"]: panel["keys"] for panel in _panels(keys)}
+    assert panels["Seconds of each phase"] == ["perf/seconds/clip", "perf/seconds/optimizer"]
+    assert panels["Gradient norm"] == ["train/grad_norm"]
+    for kind, title in (("grad_norm", "Gradient"), ("param_norm", "Weight")):
+        drawn = panels[f"{title} norm by layer"]
+        assert len(drawn) == len(set(drawn)) == 12
+        assert drawn[0] == f"{kind}/layers.0" and drawn[-1] == f"{kind}/layers.79"

@@ -124,6 +124,22 @@ def test_bad_words_are_one_error_and_exit_code_2(
     assert message in capsys.readouterr().err
 
 
+def test_words_and_options_may_stand_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
+    words, found = ["quickstart", "run.seed=5", "--json", "--gpus", "1"], set()
+    for order in ((0, 1, 2, 3, 4), (0, 2, 1, 3, 4), (3, 4, 0, 2, 1), (0, 3, 4, 1, 2)):
+        assert main(["config", *(words[i] for i in order)]) == 0
+        found.add(capsys.readouterr().out)
+    assert len(found) == 1 and json.loads(found.pop())["config"]["run"]["seed"] == 5
+    with pytest.raises(SystemExit):
+        main(["generate", "run", "--average", "lawa", "one", "--averag", "two", "--no-such"])
+    assert "unrecognized arguments: --no-such" in capsys.readouterr().err
+    for words in (["inspect", "a", "b"], ["config", "quickstart", "--jason", "optim.lr=1"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        assert f"unrecognized arguments: {words[2]}" in capsys.readouterr().err
+
+
 def test_without_a_verb_the_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out

@@ -22,8 +22,10 @@ from openlm_lite.cli import main
 from openlm_lite.recorded import read_run
 from openlm_lite.run_folder import take_lock
 from tests.recorded_run import CONFIG, step_record, write_run
+from tests.run_faults import fault
 from tests.train_server import ROOT, TrainServer
 
+LAUNCHED = {"event": "launched"}
 START = {"event": "start", "step": 0}
 KILLED = "killed, or its machine went down; the same command resumes"
 
@@ -71,6 +73,10 @@ def test_a_run_can_start_while_somebody_looks_at_its_lock(tmp_path: Path) -> Non
         ([START, {"event": "failed", "error": "x"}, START], "stopped", KILLED),
         ([START, {"event": "failed", "error": "x"}, START, {"event": "done"}], "done", ""),
         ([START, {"event": "failed"}], "failed", "no reason was written down"),
+        ([START, {"event": "stopped"}, LAUNCHED, {"event": "failed", "error": "x"}], "failed", "x"),
+        ([START, {"event": "failed", "error": "x"}, LAUNCHED], "stopped", KILLED),
+        ([LAUNCHED, START, {"event": "done"}, LAUNCHED], "stopped", KILLED),
+        ([LAUNCHED, START, {"event": "done"}, LAUNCHED, START, {"event": "done"}], "done", ""),
         ([], "stopped", KILLED),  # of a version that wrote no events
     ],
 )
@@ -111,6 +117,8 @@ def test_real_runs_are_shown_as_running_killed_failed_and_done(
     train("killed", kill=(0, 30))
     train("failed", "optim.lr=1e30")
     train("asked", signals=[(0.0, 0, "SIGTERM")])
+    train("killed at its load", signals=[(0.0, 0, "SIGTERM")])
+    train("killed at its load", faults=[fault("SIGKILL", 0, "load")])
     rows = rows_of(tmp_path)
     assert "running" in seen
     assert {name: row["state"] for name, row in rows.items()} == {
@@ -118,13 +126,50 @@ def test_real_runs_are_shown_as_running_killed_failed_and_done(
         "killed": "stopped",
         "failed": "failed",
         "asked": "stopped",
+        "killed at its load": "stopped",
     }
     assert rows["ran"]["checkpoint_step"] == rows["ran"]["step"] == 40
-    assert rows["killed"]["why"] == KILLED
+    assert rows["killed"]["why"] == rows["killed at its load"]["why"] == KILLED
     assert rows["asked"]["why"].startswith("on request")
     assert "NonFiniteError" in rows["failed"]["why"]
     events = [e["event"] for e in read_run(tmp_path / "ran", all_records=False).events]
-    assert events[0] == "start" and events[-1] == "done" and events.count("saved") >= 9
+    assert events[:2] == ["launched", "start"] and events[-1] == "done"
+    assert events.count("saved") >= 9
+    resumed = read_run(tmp_path / "killed at its load", all_records=False).events
+    times = [event["time"] for event in resumed]
+    assert times == sorted(times) and 0 <= time.time() - times[0] < 3600
+
+
+def test_events_are_only_added_to_while_metrics_are_cut_back(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    words = [str(toy_recipe), f"run.dir={tmp_path}/r", "checkpoint.every_steps=5"]
+    train_server.train(*words, faults=[fault("SIGKILL", 0, "step", 9)])
+    events, metrics = tmp_path / "r" / "events.jsonl", tmp_path / "r" / "metrics.jsonl"
+    before, trained = events.read_bytes(), metrics.read_bytes()
+    assert trained.count(b"train/loss") == 8
+    train_server.train(*words)
+    assert events.read_bytes().startswith(before)
+    assert not metrics.read_bytes().startswith(trained)  # the eighth step is trained again
+    assert metrics.read_bytes().count(b"train/loss") == 12
+    found = [json.loads(line)["event"] for line in events.read_bytes().splitlines()]
+    assert [e for e in found if e in history.BEGINNINGS] == ["launched", "start"] * 2
+    assert found[-2:] == ["saved", "done"]
+
+
+def test_an_error_of_another_rank_is_in_its_own_log_on_the_console_and_in_the_events(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    said, run = tmp_path / "said.txt", tmp_path / "r"
+    words = [str(toy_recipe), f"run.dir={run}"]
+    train_server.train(*words, world=2, log=said, faults=[fault("error", 1, "step", 3)])
+    message = "ended by ValueError: broken on purpose"
+    assert message in (run / "log-rank1.txt").read_text() and message in said.read_text()
+    assert message not in (run / "log.txt").read_text()
+    failed = [e for e in read_run(run, all_records=False).events if e["event"] == "failed"]
+    assert (failed[0]["rank"], failed[0]["error"]) == (1, "ValueError: broken on purpose")
+    row = row_of(run)
+    assert (row["state"], row["why"]) == ("failed", "ValueError: broken on purpose")
 
 
 # --- damaged, half-written, foreign --------------------------------------------------------------
@@ -144,6 +189,20 @@ def test_of_a_long_file_only_the_end_is_read_and_it_is_enough(tmp_path: Path) ->
     row = row_of(folder)
     assert (row["step"], row["tokens"], row["notes"]) == (3000, 768_000, [])
     assert len(read_run(folder, all_records=False).records) < 1000
+
+
+def test_a_run_that_validated_much_since_its_last_step_still_shows_it(tmp_path: Path) -> None:
+    records = [step_record(i, **{"perf/tokens_per_second": 10.0 * i}) for i in range(1, 3001)]
+    text = {"step": 3000, "tokens": 768_000, "sample/text": "x" * 2000}
+    folder = write_run(tmp_path / "a", records=[*records[:-1], *[text] * 500, records[-1], text])
+    assert (folder / "metrics.jsonl").stat().st_size > 1_800_000
+    with (folder / "metrics.jsonl").open("a") as f:
+        f.writelines(json.dumps(text) + "\n" for _ in range(100))
+        f.write("no record\n")
+    row = row_of(folder)
+    assert (row["step"], row["loss"]) == (3000, records[-1]["train/loss"])
+    assert row["tokens_per_second"] == 29905  # the median of the last 20 steps
+    assert row["notes"] == ["metrics.jsonl: 1 line is no record, and left out"]
 
 
 @pytest.mark.parametrize(

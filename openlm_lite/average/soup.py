@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openlm_lite import storage
+from openlm_lite import run_files, storage
 from openlm_lite.checkpoint import checkpoints_of_run
 from openlm_lite.checkpoint_place import place_of
 from openlm_lite.commit import step_of_folder
@@ -87,7 +87,7 @@ def _write(out: str, paths: Sequence[str], weights: Sequence[float], divided: bo
     save_weights(
         out,
         mean_weights(out, sources, weights),
-        documents={"model.json": json.dumps(to_plain(cfg), indent=2) + "\n", **tokenizers},
+        documents={run_files.MODEL: json.dumps(to_plain(cfg), indent=2) + "\n", **tokenizers},
         facts={"soup": records, "notes": notes, **origin},
     )
     shown = ("path", "kind", "weight", "step", "tokens")

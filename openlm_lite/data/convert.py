@@ -90,7 +90,7 @@ def convert_shards(
     `vocab_size` is enforced, and without both the ids decide. `block_tokens` divides the rows'
     length (default: that length). `pad_id` and `eot_id` as in OpenLMOptions. `workers` processes,
     0: all cores. `scratch`: see PrepareConfig. Raises InputError; what is done so far stays for the
-    same command to go on.
+    same command, or one with another vocabulary, to go on.
     """
     started = time.monotonic()
     known = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -116,19 +116,21 @@ def convert_shards(
         "pad_id": pad_id,
         "eot_id": eot_id,
     }
-    key = json.dumps([settings, asdict(made_by)], sort_keys=True)
-    fingerprint = hashlib.sha256(key.encode()).hexdigest()
+    fingerprint = _fingerprint([settings, asdict(made_by)])
+    # shards that are done serve another vocabulary too: `_marked` compares their ids with it
+    unfinished = _fingerprint([settings, "tokenizer" if known is not None else "ids alone"])
     if prepare_out.is_finished(place, fingerprint):
         return _leave(place, already_done=True)
     existed = os.path.isdir(place.folder)
-    prepare_out.check_out(place, fingerprint)
+    prepare_out.check_out(place, unfinished)
     os.makedirs(place.scratch, exist_ok=True)
     os.makedirs(place.folder, exist_ok=True)
     with prepare_out.lock(place.scratch):
-        storage.write_json(os.path.join(place.scratch, "plan.json"), {"fingerprint": fingerprint})
+        storage.write_json(os.path.join(place.scratch, "plan.json"), {"fingerprint": unfinished})
         if known is not None:
             prepare_out.save_tokenizer(place, known)
-            prepare_out.give_tokenizer(place, _SPLIT)
+            if place.is_remote:  # so that a place that takes no files is found before the work
+                prepare_out.give_tokenizer(place, _SPLIT)
         try:
             dtype, done = _convert_all(source, folder, options, place, block_tokens, workers)
         except ResumableError:
@@ -154,6 +156,10 @@ def _leave(place: Place, already_done: bool = False, seconds: float = 0.0) -> Co
     report = _report(place)
     shutil.rmtree(place.scratch, ignore_errors=True)
     return replace(report, already_done=already_done, seconds=seconds)
+
+
+def _fingerprint(of: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
 
 def _vocab_size(done: list[_Done]) -> int:
@@ -189,7 +195,8 @@ def _convert_as(
 ) -> list[_Done] | None:
     """All shards as this dtype, those of an earlier run included; None if an id does not fit."""
     entries = source.manifest.shards
-    done = {n: _marked(place, n, dtype) for n in range(len(entries))}
+    limit = options.tokenizer.vocab_size
+    done = {n: _marked(place, n, dtype, limit) for n in range(len(entries))}
     left = [n for n, shard in done.items() if shard is None]
     progress = Progress("convert", len(left), "shards")
     shared = (folder, replace(options, row_ids=source.block_tokens + 1), place, block_tokens, dtype)
@@ -262,18 +269,20 @@ def _marks(place: Place) -> list[str]:
     return [name for name in os.listdir(place.scratch) if name.startswith("shard-")]
 
 
-def _marked(place: Place, number: int, dtype: str) -> _Done | None:
-    """A shard that an earlier run finished with this dtype."""
+def _marked(place: Place, number: int, dtype: str, vocab_size: int | None) -> _Done | None:
+    """A shard that an earlier run finished with this dtype, and whose ids are in the vocabulary."""
     if not os.path.exists(_mark(place, number)):
         return None
     with open(_mark(place, number), encoding="utf-8") as file:
         mark: dict[str, Any] = json.load(file)
+    if mark["dtype"] != dtype or (vocab_size is not None and mark["largest_id"] >= vocab_size):
+        return None
     entry = ShardEntry(**mark["entry"])
     url = place.url_of(_SPLIT)
     path = (
         os.path.join(place.folder, entry.file_name) if url is None else f"{url}/{entry.file_name}"
     )
-    if mark["dtype"] != dtype or not storage.exists(path) or storage.size_of(path) != entry.bytes:
+    if not storage.exists(path) or storage.size_of(path) != entry.bytes:
         return None
     return _Done(entry, mark["largest_id"], False)
 

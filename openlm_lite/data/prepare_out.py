@@ -107,7 +107,8 @@ def check_out(place: Place, fingerprint: str) -> None:
                 return
         raise InputError(
             f"{place.out}: holds an unfinished run with other inputs or settings; repeat that run "
-            f"to finish it, choose another --out, or remove {place.scratch}"
+            f"to finish it, choose another --out, or remove {place.scratch} and the shards that "
+            f"are in {place.out}"
         )
     if place.is_remote:
         found = sorted(name for name, _ in _remote_files(place))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openlm_lite import config, lineage
+from openlm_lite import config, lineage, run_files
 from openlm_lite.curves import Axis, smooth, window_of
 from openlm_lite.log import duration, human
 from openlm_lite.recorded import Recorded, number, one_line
@@ -22,7 +22,6 @@ from openlm_lite.report.scores import Score, scores_of
 _MAX_EVENTS = 200  # of a run that are listed
 _MAX_SAMPLES = 40
 _MAX_SAMPLE_CHARACTERS = 2000
-_INIT_FROM_NAME = "init_from.json"
 # What a run may have measured of its machine: metric, name, unit, digits.
 _SYSTEM = (
     ("perf/tokens_per_second", "tokens/s", "", 3),
@@ -94,13 +93,13 @@ def config_text(run: Recorded) -> str:
 def lineage_of(run: Recorded) -> list[str]:
     """The run's ancestors, the parent first, a line each; empty for fresh weights."""
     try:
-        text = (run.path / _INIT_FROM_NAME).read_text(encoding="utf-8")
+        text = (run.path / run_files.INIT_FROM).read_text(encoding="utf-8")
         ancestors = lineage.ancestors(json.loads(text))
         before = lineage.tokens_before(json.loads(text))
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return [f"{_INIT_FROM_NAME} cannot be read"]
+        return [f"{run_files.INIT_FROM} cannot be read"]
     lines = []
     for one in ancestors:
         step, tokens = one["step"], one["tokens"]
@@ -151,16 +150,18 @@ def samples(run: Recorded) -> list[dict[str, Any]]:
 
 
 def evaluations(runs: Sequence[Recorded]) -> tuple[list[Row], list[str]]:
-    """[task, score of each run] of the newest results of each, and what could not be read."""
+    """[task, score of each run], and what could not be read.
+
+    A score of a file is shown, as somebody asked for it, unless the run has one of a later step.
+    """
     found: list[dict[str, Score]] = []
     notes: list[str] = []
     for run in runs:
         scores, problems = scores_of(run.path)
-        for key in run.keys:  # those that were taken while it trained
-            name = one_line(key.removeprefix("eval/").removesuffix("/accuracy"), 80)
-            for record in run.records if key.startswith("eval/") else ():
-                if (value := number(record, key)) is not None:
-                    scores[name] = Score(value, f"step {record['step']:,}")
+        for name, (step, value) in _recorded_scores(run).items():
+            there = scores.get(name)
+            if there is None or (there.step is not None and step > there.step):
+                scores[name] = Score(value, f"step {step:,}", step)
         found.append(scores)
         notes += [f"{one_line(run.name, 60)}: {text}" for text in problems]
     tasks = sorted({task for scores in found for task in scores})
@@ -169,6 +170,18 @@ def evaluations(runs: Sequence[Recorded]) -> tuple[list[Row], list[str]]:
         shown = [scores.get(task) for scores in found]
         rows.append([task, *(f"{s.value:.4f} ({s.where})" if s else "–" for s in shown)])
     return rows, notes
+
+
+def _recorded_scores(run: Recorded) -> dict[str, tuple[int, float]]:
+    """Task -> step, score: the last that was taken while the run trained."""
+    found = {}
+    for key in run.keys:
+        if key.startswith("eval/"):
+            name = one_line(key.removeprefix("eval/").removesuffix("/accuracy"), 80)
+            for record in run.records:
+                if (value := number(record, key)) is not None:
+                    found[name] = (record["step"], value)
+    return found
 
 
 def system(runs: Sequence[Recorded]) -> list[Row]:
@@ -202,6 +215,9 @@ def events(run: Recorded) -> tuple[list[Row], int]:
     """
     found: list[tuple[float, int, Row]] = []
     for i, event in enumerate(run.events):
+        after = run.events[i + 1 : i + 2]
+        if event["event"] == "launched" and after and after[0]["event"] == "start":
+            continue  # which says more
         at, step = number(event, "time"), event.get("step")
         when = "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
         place = step if type(step) is int else -1

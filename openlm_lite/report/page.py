@@ -44,6 +44,7 @@ _PANELS = (
     ("data_wait", "Wait for data", "s per step", ("perf/data_wait",)),
     ("memory", "Peak memory", "GiB", ("perf/peak_memory_gib",)),
 )
+_BY_LAYER = {"grad_norm": "Gradient norm by layer", "param_norm": "Weight norm by layer"}
 _NOT_DRAWN = ("step", "tokens", "data/checksum", "perf/tokens_per_second_per_gpu")
 _NOT_DRAWN_PREFIXES = ("guard/", "sample/")
 
@@ -183,9 +184,16 @@ def _panels(keys: Sequence[str]) -> list[dict[str, Any]]:
         if key not in used:
             groups.setdefault(_group(key), []).append(key)
     for title, found in sorted(groups.items())[:_MAX_MORE_PANELS]:
-        found = found[:_MAX_CURVES_OF_A_PANEL]
+        found = _spread(found, _MAX_CURVES_OF_A_PANEL)
         panels.append({"id": f"more-{len(panels)}", "title": title, "unit": "", "keys": found})
     return panels
+
+
+def _spread(keys: list[str], most: int) -> list[str]:
+    """All of them, or so many at equal distances, with the first and the last."""
+    if len(keys) <= most:
+        return keys
+    return [keys[round(i * (len(keys) - 1) / (most - 1))] for i in range(most)]
 
 
 def _group(key: str) -> str:
@@ -197,6 +205,10 @@ def _group(key: str) -> str:
         return {"epoch": "Epochs of each source", "tokens": "Tokens of each source"}.get(
             rest[-1], "Data"
         )
+    if (first, *rest[:-1]) == ("perf", "seconds"):
+        return "Seconds of each phase"
+    if first in _BY_LAYER:
+        return _BY_LAYER[first]
     return first if len(rest) < 2 else f"{first}: {rest[-1]}"
 
 

@@ -2,7 +2,7 @@
 
 Looked for: every `result.json` below the folder, and JSON files named *eval*.json or in a folder
 `eval/`, of the run and of its checkpoints. A result says its numbers under names; which of them is
-a task's score, the tables below tell.
+a task's score, eval/aggregate.py knows of our files and DCLM's, the tables below of others.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openlm_lite.commit import step_of_folder
+from openlm_lite.eval.aggregate import harness_scores, table_in
 from openlm_lite.recorded import one_line
 
 _GLOBS = (
@@ -25,7 +26,7 @@ _GLOBS = (
 )
 _MAX_BYTES = 16 << 20  # of a file
 _MAX_SCORES = 300  # of a run
-_SECTIONS = ("tasks", "results", "scores")  # hold one entry per task
+_SECTIONS = ("tasks", "results", "scores")  # of other programs, an entry per task
 _SUMMARY = ("core", "extended", "aggregate")
 _NO_TASKS = (*_SUMMARY, "aggregates", "categories", "lm_eval", "texts", "settings", "model")
 _VALUES = ("score", "accuracy", "acc", "acc_norm", "exact_match", "value", "centered", "loss")
@@ -35,6 +36,7 @@ class Score(NamedTuple):
     value: float
     where: str
     """the step that was evaluated, or the file"""
+    step: int | None = None
 
 
 def scores_of(folder: Path) -> tuple[dict[str, Score], list[str]]:
@@ -49,10 +51,11 @@ def scores_of(folder: Path) -> tuple[dict[str, Score], list[str]]:
         except (OSError, ValueError, RecursionError) as e:
             notes.append(one_line(f"{path.name} cannot be read: {e}"))
             continue
-        where = _where(path, found)
+        step = _step(path, found)
+        where = one_line(path.name, 40) if step is None else f"step {step:,}"
         for task, value in _scores(found):
             if len(scores) < _MAX_SCORES:
-                scores[one_line(task, 80)] = Score(value, where)
+                scores[one_line(task, 80)] = Score(value, where, step)
     return scores, notes
 
 
@@ -69,13 +72,14 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (found[path], path))
 
 
-def _where(path: Path, found: Any) -> str:
+def _step(path: Path, found: Any) -> int | None:
+    """Which step was evaluated, if file or folder say it."""
     found = found if isinstance(found, dict) else {}
     model = found.get("model")
     step = model.get("step") if isinstance(model, dict) else found.get("step")
     for part in path.parts:
         step = step_of_folder(part) if step_of_folder(part) is not None else step
-    return f"step {step:,}" if type(step) is int else one_line(path.name, 40)
+    return step if type(step) is int else None
 
 
 def _scores(found: Any) -> Iterator[tuple[str, float]]:
@@ -86,13 +90,15 @@ def _scores(found: Any) -> Iterator[tuple[str, float]]:
         value = _value(found.get(name))
         if value is not None:
             yield name, value / scale
-    for name, inner in (("lm_eval", "tasks"), ("texts", None)):
-        section = found.get(name)
-        if inner is not None and isinstance(section, Mapping):
-            section = section.get(inner)
-        if isinstance(section, Mapping):
-            for task, value in _entries(section, named=True):
-                yield f"{name}/{task}", value
+    for name, number in harness_scores(found.get("lm_eval")).items():
+        if (value := _value(number)) is not None:
+            yield name, value
+    if isinstance(texts := found.get("texts"), Mapping):
+        yield from ((f"texts/{name}", value) for name, value in _entries(texts, named=True))
+    table = table_in(found)
+    if table is not found:
+        yield from _entries(table, named=True)
+        return
     sections = [found[s] for s in _SECTIONS if isinstance(found.get(s), Mapping | list)]
     for section in sections or [{k: v for k, v in found.items() if k not in _NO_TASKS}]:
         yield from _entries(section, named=bool(sections))

@@ -7,42 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from openlm_lite.errors import InputError
+from openlm_lite import plots
 from openlm_lite.scaling.fit import Fitted
 from openlm_lite.scaling.table import Row, as_number
 
 
 def check_plot_path(path: str) -> None:
     """Raises InputError, before anything is fitted, where no picture could be written there."""
-    if Path(path).suffix not in (".png", ".svg"):
-        raise InputError(f"--plot {path}: the picture can be .png or .svg")
-    if not Path(path).absolute().parent.is_dir():
-        raise InputError(f"--plot {path}: there is no folder {Path(path).parent}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError('plots need matplotlib: pip install "openlm-lite[plot]"') from None
+    plots.picture_path(path, "--plot")
+    plots.pyplot()
 
 
 def plot_fit(f: Fitted, path: str) -> None:
     """Draw the laws, the runs fitted on (filled), the others (hollow) and the predictions (x)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels = 2 if f.error_law is not None else 1
-    figure, axes = plt.subplots(
+    figure, axes = plots.pyplot().subplots(
         1, panels, figsize=(7 * panels, 5), constrained_layout=True, squeeze=False
     )
     _draw_loss(axes[0, 0], f)
     if panels == 2:
         _draw_error(axes[0, 1], f)
-    target = Path(path)
-    temporary = target.with_name(f".tmp-{target.name}")
-    figure.savefig(temporary, dpi=120, format=target.suffix[1:])
-    plt.close(figure)
-    temporary.replace(target)
+    plots.save(figure, Path(path))
 
 
 def _draw_loss(axes: Any, f: Fitted) -> None:

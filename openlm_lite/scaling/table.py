@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from openlm_lite import run_files
 from openlm_lite.errors import InputError
 from openlm_lite.scaling.conditions import Condition
 from openlm_lite.scaling.laws import Array
@@ -132,7 +133,7 @@ def _runs_in(folder: Path) -> list[Row | LeftOut]:
             for run in read_manifest(folder)["runs"]
             if not run["is_target"] or (folder / run["folder"]).is_dir()
         ]
-    if (folder / "config.yaml").is_file():
+    if (folder / run_files.CONFIG).is_file():
         return [_read_run(folder, str(folder))]
     inner = sorted(p.parent for p in folder.glob("*/config.yaml"))
     if not inner:
@@ -160,15 +161,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read_run(folder: Path, name: str) -> Row | LeftOut:
     """One run of ours: N by the paper's count, D tokens, the losses after its last step."""
-    if not (folder / "config.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
+    if not (folder / run_files.CONFIG).is_file() or not (folder / run_files.METRICS).is_file():
         return LeftOut(name, "not begun")
     from openlm_lite import config, run
     from openlm_lite.log import read_metrics
 
     cfg = run.parse_run(
-        (folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml")
+        (folder / run_files.CONFIG).read_text(encoding="utf-8"), str(folder / run_files.CONFIG)
     )
-    records = read_metrics(folder / "metrics.jsonl")
+    records = read_metrics(folder / run_files.METRICS)
     last = max((record.get("step", 0) for record in records), default=0)
     if last < cfg.steps:
         return LeftOut(name, f"unfinished: step {last:,} of {cfg.steps:,}")

@@ -67,14 +67,19 @@ def test_an_id_that_does_not_fit_makes_all_shards_wide(tmp_path: Path) -> None:
     assert not (tmp_path / "other" / "dataset.json").exists()
 
 
-def test_the_tokenizer_is_recorded_and_its_vocabulary_decides(tmp_path: Path) -> None:
+def tokenizer_of(n_ids: int, folder: Path) -> str:
+    """A file with so many words, the last one ends a text."""
     tokenizers: Any = pytest.importorskip("tokenizers")
-    vocab = {f"t{i}": i for i in range(299)} | {"<|endoftext|>": 299}
+    vocab = {f"t{i}": i for i in range(n_ids - 1)} | {"<|endoftext|>": n_ids - 1}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="t0"))
     tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+def test_the_tokenizer_is_recorded_and_its_vocabulary_decides(tmp_path: Path) -> None:
     source = make_shards(tmp_path / "source", [rows_of(3, below=300)])
-    how = {"tokenizer": str(tmp_path / "tokenizer.json"), "workers": 1}
+    how: dict[str, Any] = {"tokenizer": tokenizer_of(300, tmp_path), "workers": 1}
     report = convert_shards(str(source), str(tmp_path / "out"), **how)
     assert (report.vocab_size, report.dtype) == (300, "uint16")
     info = open_dataset(str(tmp_path / "out")).info
@@ -125,14 +130,47 @@ def test_a_bad_shard_stops_it_and_what_was_done_stays(tmp_path: Path) -> None:
     assert convert_shards(str(source), str(tmp_path / "out"), workers=1).n_shards == 3
 
 
-def test_after_an_error_before_the_first_shard_other_settings_may_be_tried(tmp_path: Path) -> None:
-    rows = rows_of(3)
-    source = make_shards(tmp_path / "source", [rows])
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_after_an_error_before_the_first_shard_other_settings_may_be_tried(
+    tmp_path: Path, with_tokenizer: bool
+) -> None:
+    source = make_shards(tmp_path / "source", [rows_of(3)])
     out = tmp_path / "out"
+    wrong: dict[str, Any] = {"vocab_size": 5}
+    if with_tokenizer:
+        wrong = {"tokenizer": tokenizer_of(5, tmp_path)}
     with pytest.raises(InputError, match="outside the vocabulary of 5 ids"):
-        convert_shards(str(source), str(out), vocab_size=5, workers=1)
+        convert_shards(str(source), str(out), **wrong, workers=1)
     assert not out.exists()
     assert convert_shards(str(source), str(out), workers=1).n_blocks == 3
+
+
+def test_a_wrong_vocabulary_that_shows_at_a_late_shard_can_be_corrected(tmp_path: Path) -> None:
+    shards = [rows_of(3, 1, below=300), rows_of(3, 2, below=400)]
+    source = make_shards(tmp_path / "source", shards)
+    out = tmp_path / "out"
+    (tmp_path / "right").mkdir()
+    wrong, right = tokenizer_of(300, tmp_path), tokenizer_of(400, tmp_path / "right")
+    with pytest.raises(InputError, match="outside the vocabulary of 300 ids"):
+        convert_shards(str(source), str(out), tokenizer=wrong, workers=1)
+    done = (out / "shard-000000.tar").stat()
+    report = convert_shards(str(source), str(out), tokenizer=right, workers=1)
+    assert (report.vocab_size, report.n_blocks) == (400, 6)
+    assert (out / "shard-000000.tar").stat() == done  # gone on from
+    assert np.array_equal(np.concatenate(blocks_of(out)), np.concatenate(shards))
+    assert json.loads((out / "tokenizer.json").read_text())["model"]["vocab"]["t398"] == 398
+
+
+def test_shards_that_are_done_are_held_to_the_vocabulary_of_the_command_that_goes_on(
+    tmp_path: Path,
+) -> None:
+    source = make_shards(tmp_path / "source", [rows_of(3, 1, below=400), rows_of(3, 2, below=500)])
+    out = tmp_path / "out"
+    for vocab_size, shard in ((400, 1), (300, 0)):
+        at = rf"shard_0000000{shard}\.tar.* outside the vocabulary of {vocab_size} ids"
+        with pytest.raises(InputError, match=at):
+            convert_shards(str(source), str(out), vocab_size=vocab_size, workers=1)
+    assert convert_shards(str(source), str(out), vocab_size=500, workers=1).vocab_size == 500
 
 
 def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path: Path) -> None:
