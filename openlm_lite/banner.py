@@ -43,7 +43,7 @@ def banner_lines(
     )
     yield f"batch    {growing}{cfg.global_batch} x {cfg.data.seq_len} tokens: {parts}"
     compiled = ", compiled" if cfg.parallel.compile else ""
-    layout = "" if sizes.shards == world.world_size else f", {sizes.describe()}"
+    layout = "" if sizes.dp_shard == world.world_size else f", {sizes.describe()}"
     yield (
         f"devices  {world.world_size} x {device_name(world.device)}{layout}, "
         f"{cfg.parallel.precision}{compiled}"

@@ -7,7 +7,7 @@ and is somewhat slower in all.
 
 from __future__ import annotations
 
-import platform
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +24,13 @@ from openlm_lite.dist import World
 from openlm_lite.errors import InputError
 from openlm_lite.float8 import check_float8
 from openlm_lite.layout import Layout
-from openlm_lite.metrics import peak_flops, throughput
+from openlm_lite.metrics import device_name, peak_flops, throughput
 from openlm_lite.optim.build import clip_gradients
 from openlm_lite.profile import start_trace, write_trace
-from openlm_lite.readback import Readback
+from openlm_lite.readback import Readback, reads_late
 from openlm_lite.run import RunConfig
 from openlm_lite.step import (
+    Collect,
     agree_on,
     attention_of,
     build,
@@ -37,6 +38,8 @@ from openlm_lite.step import (
     forward_backward,
     make_deterministic,
 )
+
+_DOCUMENT_TOKENS = 1000  # the mean of a made-up document, about that of pages of the web
 
 
 def bench(
@@ -103,9 +106,10 @@ class Stepper:
         self.micro_batches = cfg.micro_batches(self.layout.sizes.data_ranks, cfg.steps)
         self.pending: Readback | None = None
         self.loss = float("nan")
+        self.arrived: list[float] = []  # when the numbers of each step were there, by the clock
 
     def step(self, batch: Batch, lap: Callable[[str], None] = lambda _: None) -> None:
-        """One optimizer step; its loss is read while the next one is on its way."""
+        """One optimizer step; on a GPU its loss is read while the next one is on its way."""
         agreed = agree_on(batch, self.layout.sizes, False)
         lap("agree")
         found = forward_backward(
@@ -116,6 +120,7 @@ class Stepper:
             self.world,
             self.layout.sizes,
             agreed.n_targets,
+            tuple(self.cfg.data.paths),
             reduce_each=self.cfg.parallel.reduce_every_micro_batch,
         )
         lap("forward and backward")
@@ -125,12 +130,19 @@ class Stepper:
             optimizer.step()
         self.model.zero_grad()
         lap("optimizer")
-        self.read()
-        self.pending = Readback(torch.cat((norm.reshape(1), found)))
+        numbers = Readback(torch.cat((norm.reshape(1), found)))
+        if reads_late(self.world.device):
+            self.read()
+        self.pending = numbers
+        if not reads_late(self.world.device):
+            self.read()
 
     def read(self) -> None:
+        """Wait for the step whose numbers are awaited, if there is one."""
         if self.pending is not None:
             self.loss = self.pending.numbers()[1]
+            self.arrived.append(time.perf_counter())
+            self.pending = None
 
     def wait(self) -> None:
         """Until the device has done all it was given."""
@@ -159,31 +171,47 @@ class Stepper:
 
 
 def synthetic_batches(cfg: RunConfig, layout: Layout) -> Iterator[Batch]:
-    """Random tokens without end: four batches in turn, so that making them takes no time."""
+    """Random tokens without end: four batches in turn, so that making them takes no time.
+
+    With `data.document_masking` in documents of random lengths; of a mixture, rows of each source.
+    """
     generator = torch.Generator().manual_seed(layout.data_rank)
-    shape = (cfg.global_batch // layout.sizes.data_ranks, cfg.data.seq_len + 1)
-    made = [torch.randint(cfg.model.vocab_size, shape, generator=generator) for _ in range(4)]
-    while True:
-        for rows in made:
-            yield Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), None, 0)
+    B, T = cfg.global_batch // layout.sizes.data_ranks, cfg.data.seq_len
+    sources = len(cfg.data.paths)
+    sources_B = torch.arange(B) % sources if sources > 1 else None
+    made = []
+    for _ in range(4):
+        rows = torch.randint(cfg.model.vocab_size, (B, T + 1), generator=generator)
+        documents_BT = None
+        if cfg.data.document_masking:
+            begins_BT = torch.rand(B, T, generator=generator) < 1 / _DOCUMENT_TOKENS
+            documents_BT = begins_BT.cumsum(dim=1, dtype=torch.int32)
+        tokens_BT, targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        made.append(Batch(tokens_BT, targets_BT, documents_BT, 0, sources_B))
+    return itertools.cycle(made)
 
 
 def _timed(
-    stepper: Stepper, batches: Iterator[Batch], steps: int, collect: Callable[[int], None]
+    stepper: Stepper, batches: Iterator[Batch], steps: int, collect: Collect
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each step, and of them those that it waited for its data."""
-    whole, waits = [], []
+    """Seconds of each step, and those that it waited for its data.
+
+    A step takes from the end of the one before to its own, as the device has it: the host hands
+    the next one over meanwhile.
+    """
+    waits = []
+    stepper.read()
     stepper.wait()
+    stepper.arrived.clear()
+    begin = time.perf_counter()
     for i in range(steps):
         start = time.perf_counter()
         batch = next(batches)
         waits.append(time.perf_counter() - start)
         stepper.step(batch)
-        collect(i + 1)
-        if i == steps - 1:
-            stepper.wait()
-        whole.append(time.perf_counter() - start)
-    return whole, waits
+        collect(i + 1, False)
+    stepper.read()
+    return [b - a for a, b in itertools.pairwise([begin, *stepper.arrived])], waits
 
 
 def _report(
@@ -197,11 +225,9 @@ def _report(
     world, device = stepper.world, stepper.world.device
     flops_per_token = cfg.model.flops_per_token(cfg.data.seq_len)
     tokens = cfg.global_batch_tokens
-    stepper.read()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     rates = throughput(tokens * len(whole), sum(whole), world.world_size, flops_per_token, device)
     return {
-        "device": name or platform.machine(),
+        "device": device_name(device),
         "world_size": world.world_size,
         "torch": torch.__version__,
         "n_params": cfg.model.n_params,

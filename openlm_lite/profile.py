@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from openlm_lite.dist import World
 from openlm_lite.errors import InputError
+from openlm_lite.log import logger
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class Profiler:
         if self._left:
             return []
         name = f"steps-{self.cfg.first_step}-to-{steps_done - 1}-rank{self.world.rank}.json.gz"
-        path = self.folder / name
-        write_trace(self._running, path)
+        path, running = self.folder / name, self._running
         self._running = None
+        if not write_trace(running, path):
+            return []
         return [f"traced {self.cfg.steps} steps: {path}"]
 
     def close(self) -> None:
@@ -74,8 +78,22 @@ def start_trace(device: torch.device) -> profile:
     return trace
 
 
-def write_trace(trace: profile, path: Path) -> None:
-    """End the trace and write it as `path`, by its name plain or compressed JSON."""
+def write_trace(trace: profile, path: Path) -> bool:
+    """End the trace and write it as `path`, by its name plain or compressed JSON.
+
+    Where it cannot be written, nothing ends: the log says so, and False is returned.
+    """
     trace.stop()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trace.export_chrome_trace(str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # torch raises nothing where it cannot write
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            trace.export_chrome_trace(file.name)
+            content = Path(file.name).read_bytes()
+        if not content.rstrip().endswith(b"}"):
+            raise OSError(f"its JSON is cut off: is there room in {tempfile.gettempdir()}?")
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    except OSError as e:
+        logger.warning("%s: no trace: %s", path, e)
+        return False
+    return True

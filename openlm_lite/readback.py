@@ -1,6 +1,9 @@
-"""Numbers of a step, read on the host without making the device wait for it."""
+"""Numbers of a step and the time of its parts, read on the host without a wait of the device."""
 
 from __future__ import annotations
+
+import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +31,11 @@ class Readback:
         return self._values.tolist()
 
 
+def reads_late(device: torch.device) -> bool:
+    """Whether the numbers of a step cost a wait: a CPU has computed them when it is asked."""
+    return device.type == "cuda"
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor there; the host goes on at once, which takes pinned memory on CUDA.
 
@@ -36,3 +44,37 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+class Laps:
+    """Seconds of the parts of a step on its device; asked for without a wait.
+
+    On a CPU by the clock. On CUDA by events, for the host only hands over what is to be done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._names: list[str] = []
+        self._marks: list[Any] = [self._mark()]
+
+    def lap(self, name: str) -> None:
+        """What began with the lap before ends here; a second one of a name adds to the first."""
+        self._names.append(name)
+        self._marks.append(self._mark())
+
+    def seconds(self) -> dict[str, float] | None:
+        """None as long as the device has not come to the end of the last one."""
+        if self._cuda and not self._marks[-1].query():
+            return None
+        found: dict[str, float] = {}
+        for name, begin, end in zip(self._names, self._marks, self._marks[1:], strict=False):
+            took = begin.elapsed_time(end) / 1000 if self._cuda else end - begin
+            found[name] = found.get(name, 0.0) + took
+        return found
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

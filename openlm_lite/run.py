@@ -53,10 +53,14 @@ class LogConfig(TelemetryConfig):
     """How often the console gets a line; `metrics.jsonl` gets one for every step."""
 
     every_steps: int = 10
+    norms_every: int = 0
+    """steps between norms of gradients and weights by layer; 0: none"""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise InputError(f"log.every_steps = {self.every_steps}, must be at least 1")
+        if self.norms_every < 0:
+            raise InputError(f"log.norms_every = {self.norms_every}, must not be negative")
 
 
 @dataclass(frozen=True)
@@ -409,11 +413,6 @@ def step_estimate(cfg: RunConfig, sizes: Sizes, gpu: str) -> dict[str, float]:
         "tokens_per_second_per_gpu": float(f"{step.tokens_per_second_per_gpu:.3g}"),
         "mfu": round(step.mfu, 3),
     }
-
-
-def memory_bytes(cfg: RunConfig, gpus: int) -> int:
-    """Estimate of one GPU's peak memory in training (`memory.parts_of`)."""
-    return parts_of(memory_need(cfg, gpus)).total
 
 
 def resolved_yaml(cfg: RunConfig) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 import openlm_lite
-from openlm_lite import config, dist, history, log, metrics
+from openlm_lite import config, dist, history, log, metrics, run_files
 from openlm_lite.banner import banner_lines
 from openlm_lite.commit import TrainState
 from openlm_lite.data.stream import TokenStream
@@ -19,9 +19,12 @@ from openlm_lite.dist import World
 from openlm_lite.guard import Verdict
 from openlm_lite.inherit import Record, describe
 from openlm_lite.model.kernels import Choice
+from openlm_lite.optim.norms import Norms
+from openlm_lite.readback import Laps
 from openlm_lite.redact import redacted_tree
 from openlm_lite.run import RunConfig
 from openlm_lite.saver import Saved
+from openlm_lite.sensors import Sensors
 from openlm_lite.telemetry import Telemetry
 
 _SHOWN = 6  # scores in a line for people
@@ -45,23 +48,6 @@ class Losses(NamedTuple):
     """whether any rank was asked to stop before the end of this batch"""
 
 
-class Clock:
-    """Seconds of the phases of one step."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = now - self.last
-        self.last = now
-
-    @property
-    def total(self) -> float:
-        return self.last - self.start
-
-
 class Sinks:
     """Where rank 0 reports to: console, log.txt and metrics.jsonl. Silent on other ranks."""
 
@@ -72,6 +58,9 @@ class Sinks:
         self.n_steps = 0  # of this process
         self.file: log.MetricsFile | None = None
         self.telemetry: Telemetry | None = None
+        self.sensors: Sensors | None = None
+        self.laps_before: Laps | None = None  # of the last recorded step
+        self.between: dict[str, float] = {}  # seconds between the last step and the next
         self.told: set[tuple[str, str]] = set()  # what was said of tasks without a score
         self.left_out: list[dict[str, Any]] = []  # records of this process
 
@@ -83,9 +72,10 @@ class Sinks:
         dist.on_main(lambda: self._open(resume_step))
 
     def _open(self, resume_step: int) -> None:
-        self.file = log.MetricsFile(self.folder / "metrics.jsonl", resume_step)
+        self.file = log.MetricsFile(self.folder / run_files.METRICS, resume_step)
         tree = redacted_tree(config.to_plain(self.cfg))
         self.telemetry = Telemetry(self.cfg.log, self.folder, self.folder.name, tree, resume_step)
+        self.sensors = Sensors(self.world.device)
         self.note(
             "start",
             step=max(0, resume_step),
@@ -99,6 +89,8 @@ class Sinks:
         )
 
     def close(self) -> None:
+        if self.sensors is not None:
+            self.sensors.close()
         if self.telemetry is not None:
             self.telemetry.close()
         if self.file is not None:
@@ -147,10 +139,16 @@ class Sinks:
         checksum: int,
         grad_norm: float,
         lr: float,
-        clock: Clock,
+        seconds: float,
+        data_wait: float,
+        laps: Laps,
+        norms: Norms | None,
         stream: TokenStream,
     ) -> None:
-        """One record for the file; at intervals one line for people."""
+        """One record for the file; at intervals one line for people.
+
+        seconds: what the step took, with `data_wait`, its wait for the batch.
+        """
         if self.file is None:
             return
         n_tokens = self.cfg.batch_sizes.at(state.step - 1)
@@ -162,12 +160,13 @@ class Sinks:
             "train/lr": lr,
             **metrics.throughput(
                 n_tokens,
-                clock.total,
+                seconds,
                 self.world.world_size,
                 self.flops_per_token,
                 self.world.device,
             ),
-            "perf/data_wait": clock.laps["data"],
+            "perf/data_wait": data_wait,
+            **self._seconds(laps),
         }
         if self.cfg.loss.z_loss:
             record["train/z_loss"] = losses.z
@@ -177,23 +176,41 @@ class Sinks:
             if stream.mixture is not None:
                 record[f"data/{name}/tokens"] = samples * self.cfg.data.seq_len
         record |= {f"train/{name}/loss": loss for name, loss in losses.by_source.items()}
+        if norms is not None:
+            record |= {f"grad_norm/{part}": norm for part, norm in norms.gradients.items()}
+            record |= {f"param_norm/{part}": norm for part, norm in norms.parameters.items()}
+        shown = every(self.cfg.log.every_steps, state.step) or state.step == self.cfg.steps
+        if shown and self.sensors is not None:
+            record |= self.sensors.latest
         self.record(record)
         # a moving average over about ten steps, for a calm estimate of the time left
         weight = 0.1 if self.seconds_per_token else 1.0
-        self.seconds_per_token += weight * (clock.total / n_tokens - self.seconds_per_token)
+        self.seconds_per_token += weight * (seconds / n_tokens - self.seconds_per_token)
         self.n_steps += 1
         tokens_left = self.cfg.tokens_at(self.cfg.steps) - self.cfg.tokens_at(state.step)
         left = tokens_left * self.seconds_per_token
         if self.n_steps == _ESTIMATE_AFTER < self.cfg.steps:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
             self.say(f"about {log.duration(left)} to go, until {when} (validations come on top)")
-        if every(self.cfg.log.every_steps, state.step) or state.step == self.cfg.steps:
+        if shown:
             self.say(log.step_line(record, self.cfg.steps, left))
         log.show_progress(record, self.cfg.steps, left)
+
+    def _seconds(self, laps: Laps) -> dict[str, float]:
+        """Of the parts of the step, and of what training waited for since the one before.
+
+        A GPU that has not come to the step's end yet is not waited for: those of the step before.
+        """
+        found = laps.seconds()
+        if found is None and self.laps_before is not None:
+            found = self.laps_before.seconds()
+        seconds, self.between, self.laps_before = {**(found or {}), **self.between}, {}, laps
+        return {f"perf/seconds/{name}": one for name, one in seconds.items()}
 
     def saved(self, saves: Sequence[Saved]) -> None:
         """Tell of checkpoints that are whole by now, and of saves that failed."""
         for save in saves:
+            self.between["save"] = self.between.get("save", 0.0) + save.stalled_seconds
             self.note(
                 "save failed" if save.problem else "saved",
                 step=save.state.step,
@@ -220,7 +237,7 @@ class Sinks:
         if self.file is None:
             return
         self.file.close()
-        self.file = log.MetricsFile(self.folder / "metrics.jsonl", state.step)
+        self.file = log.MetricsFile(self.folder / run_files.METRICS, state.step)
         for event in self.left_out:
             if event["step"] > state.step:
                 event |= {"step": state.step + 1, "tokens": state.tokens}
@@ -241,8 +258,9 @@ class Sinks:
             f"step {state.step}: {verdict.event}: samples {first} to {end - 1}: {verdict.reason}"
         )
 
-    def validation(self, state: TrainState, name: str, loss: float) -> None:
-        self.record({"step": state.step, "tokens": state.tokens, f"val/{name}/loss": loss})
+    def validation(self, state: TrainState, name: str, loss: float, seconds: float) -> None:
+        record = {"step": state.step, "tokens": state.tokens, f"val/{name}/loss": loss}
+        self.record({**record, "perf/seconds/validation": seconds})
         self.say(f"step {state.step}: val/{name}/loss {loss:.4f}")
 
     def evaluation(
@@ -250,13 +268,15 @@ class Sinks:
         state: TrainState,
         found: Mapping[str, float],
         problems: Mapping[str, str],
+        seconds: float,
         average: str = "",
     ) -> None:
         """Scores of tasks. An average's name stands before the last part of a metric's."""
         if average:
             parts = {name: name.rpartition("/") for name in found}
             found = {f"{a}/{average}/{b}": found[name] for name, (a, _, b) in parts.items()}
-        self.record({"step": state.step, "tokens": state.tokens, **found})
+        record = {"step": state.step, "tokens": state.tokens, **found}
+        self.record({**record, "perf/seconds/evaluation": seconds})
         shown = [f"{name} {value:.4f}" for name, value in found.items()]
         more = f", {len(shown) - _SHOWN} more in metrics.jsonl" if len(shown) > _SHOWN else ""
         self.say(f"step {state.step}: {', '.join(shown[:_SHOWN]) or 'no score'}{more}")

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.optim import Optimizer
 
+from openlm_lite import dist
 from openlm_lite.data.stream import Batch
 from openlm_lite.dist import World
 from openlm_lite.layout import Layout, Sizes, build_layout
@@ -43,10 +44,24 @@ class Built(NamedTuple):
 
 
 def attention_of(cfg: RunConfig, device: torch.device) -> Choice:
-    """The attention kernel of a run there. Raises InputError (`kernels.choose_attention`)."""
-    dtype = DTYPES[cfg.parallel.precision]
-    architecture = cfg.model.architecture
-    return choose_attention(cfg.kernels, architecture, device, dtype, cfg.run.deterministic)
+    """The attention kernel of a run there, the same on all ranks; collective.
+
+    Raises InputError, on all ranks alike, where one of them cannot have it
+    (`kernels.choose_attention`).
+    """
+    if cfg.parallel.cp > 1:  # `context_parallel.attend_over`
+        return Choice("sdpa", f"in pieces of rows: parallel.cp = {cfg.parallel.cp}")
+    dtype, architecture = DTYPES[cfg.parallel.precision], cfg.model.architecture
+    deterministic = cfg.run.deterministic
+    choices = dist.on_all_ranks(
+        lambda: choose_attention(cfg.kernels, architecture, device, dtype, deterministic)
+    )
+    # auto takes cuDNN's kernel or passes it over for sdpa, by a trial of its own on each rank
+    rank = next((r for r, choice in enumerate(choices) if choice.name == "sdpa"), 0)
+    name, why = choices[rank]
+    if any(choice.name != name for choice in choices):
+        why = f"{why}, on rank {rank}"
+    return Choice(name, why)
 
 
 def build(cfg: RunConfig, world: World, attention: Choice) -> Built:
@@ -165,16 +180,23 @@ def n_targets_of(batch: Batch) -> int:
     return int((batch.targets_BT >= 0).sum())
 
 
+Collect = Callable[[int, bool], None]
+"""to be called after each step, with its number, and whether training paused behind it"""
+
+
 @contextmanager
-def collected_between_steps() -> Iterator[Callable[[int], None]]:
+def collected_between_steps() -> Iterator[Collect]:
     """Python's garbage collector, kept out of steps; call what this gives after each.
 
     It would run in the middle of any step, on each rank in another one, and all wait for the
-    slowest. What is there at the start (modules, the model) is never looked at again.
+    slowest. What is there at the start (modules, the model) is never looked at again. What outlived
+    a young collection is looked at in pauses, for validations and saves, which are long anyway.
     """
 
-    def collect(step: int) -> None:
-        if every(_COLLECT_EVERY, step):
+    def collect(step: int, paused: bool) -> None:
+        if paused:
+            gc.collect()
+        elif every(_COLLECT_EVERY, step):
             gc.collect(1)
 
     gc.collect()

@@ -14,22 +14,23 @@ A run folder::
       stacks-rank0.txt  what a rank did when its watchdog ended it
       tokenizer.json    of the data, which each checkpoint holds too, for exports and generation
       checkpoints/step_00001000/…
-      events.jsonl      every start, save and end, with the time of day; only added to
+      events.jsonl      every launch, start, save and end, with the time of day; only added to
       stopped.json      after a stop on request: the step; gone once training goes on
       lock              held by the running process
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import NamedTuple
 
 import torch
 
-from openlm_lite import checkpoint, dist, log, run
+from openlm_lite import checkpoint, dist, log, run, run_files
 from openlm_lite.average.running import Averages
 from openlm_lite.branch import check_branch, take_over
 from openlm_lite.checkpoint import TrainState
@@ -57,16 +58,18 @@ from openlm_lite.inherit import Record, first_weights, open_init_source
 from openlm_lite.model.kernels import Choice
 from openlm_lite.optim.brake import Brake
 from openlm_lite.optim.build import clip_gradients, set_lr
+from openlm_lite.optim.norms import norms_of, parts_of, squared_norms
 from openlm_lite.optim.schedule import lr_at
 from openlm_lite.parallel import DTYPES
 from openlm_lite.profile import Profiler
-from openlm_lite.readback import Readback
+from openlm_lite.readback import Laps, Readback, reads_late
 from openlm_lite.remote_lock import lost_message
 from openlm_lite.run import RunConfig
 from openlm_lite.run_folder import mark_stopped, run_folder
 from openlm_lite.saver import Saver
-from openlm_lite.sinks import Clock, Losses, Sinks, every
+from openlm_lite.sinks import Losses, Sinks, every
 from openlm_lite.step import (
+    Collect,
     agree_on,
     attention_of,
     build,
@@ -157,6 +160,7 @@ class Loop:
         if late and self.layout.sizes.ranks_per_row == 1 and Brake.holds(self.optimizer):
             self.brake = Brake(self.optimizer, world.device)
         self.tried: Tried | None = None  # the last step, while its numbers are not read
+        self.since = 0.0  # by the clock: what came before is not of the step that is awaited
         self.stop_wanted = False  # by any rank, in a step whose numbers are read
         self.averages = Averages(cfg.averages, self.model)
         self.saver = Saver(place, cfg.checkpoint)
@@ -206,31 +210,31 @@ class Loop:
         with collected_between_steps() as collect:
             return self.run_steps(collect)
 
-    def run_steps(self, collect: Callable[[int], None]) -> int:
+    def run_steps(self, collect: Collect) -> int:
         cfg, sinks = self.cfg, self.sinks
         while self.state.step < cfg.steps:
             before = self.state
             self.profiler.begin(before.step)
-            stop_wanted = self.step()
+            self.step()
             for message in self.profiler.end(self.state.step):
                 sinks.say(message)
-            collect(self.state.step)
             sinks.saved(self.saver.finished())
             if self.state.step <= before.step:
                 continue  # left out, or gone back; a request to stop waits for the next step
-            done = self.state.step == cfg.steps
-            if done or every(cfg.eval.every_steps, self.state.step):
+            step, done = self.state.step, self.state.step == cfg.steps
+            if validates := done or every(cfg.eval.every_steps, step):
                 self.validate()
-            if self.evals.tasks.due(self.state.step, before.tokens, self.state.tokens, done):
+            if evaluates := self.evals.tasks.due(step, before.tokens, self.state.tokens, done):
                 self.evaluate()
-            if done or stop_wanted or every(cfg.checkpoint.every_steps, self.state.step):
-                self.save(must_succeed=done or stop_wanted)
-            if stop_wanted and not done:
+            if saves := done or self.stop_wanted or every(cfg.checkpoint.every_steps, step):
+                self.save(must_succeed=done)
+            collect(step, validates or evaluates or saves)
+            if self.stop_wanted and not done:
                 dist.on_main(lambda: mark_stopped(self.folder, self.state))
                 sinks.ended(
                     "stopped",
                     self.state,
-                    f"stopped on request after step {self.state.step}; the same command resumes",
+                    f"stopped on request after step {step}; the same command resumes",
                 )
                 return STOPPED
         state = self.state
@@ -238,10 +242,12 @@ class Loop:
         sinks.ended("done", state, f"done: {state.step} steps, {tokens} tokens, in {self.folder}")
         return DONE
 
-    def step(self) -> bool:
-        """Train on the next batch, if the guard lets it; returns whether any rank wants to stop."""
+    def step(self) -> None:
+        """Train on the next batch, if the guard lets it."""
         cfg, world, state = self.cfg, self.world, self.state
-        clock = Clock()
+        start = monotonic()
+        if self.tried is None:  # the device has nothing to do
+            self.since = start
         self.watchdog.enter("batch" if self.has_stepped else "start", state.step)
         lr = lr_at(state.step, cfg.steps, cfg.optim.lr, self.schedule)
         set_lr(self.optimizer, lr)
@@ -258,10 +264,11 @@ class Loop:
         if agreed.place_lost:  # all that follows would be thrown away
             why = self.place.lost or "as rank 0 has found"
             raise SharedError(lost_message(self.place.root, why))
-        clock.lap("data")
+        data_wait = monotonic() - start
+        laps = Laps(world.device)
 
         self.watchdog.enter("step" if self.has_stepped else "start", state.step)
-        found = forward_backward(
+        sums = forward_backward(
             self.model,
             batch,
             cfg.micro_batches(self.layout.sizes.data_ranks, state.step),
@@ -273,41 +280,51 @@ class Loop:
             reduce_each=cfg.parallel.reduce_every_micro_batch,
             stop_requested=lambda: self.stop.requested,
         )
+        laps.lap("forward_backward")
+        squares = None
+        if every(cfg.log.norms_every, state.step + 1):  # before the gradient is clipped
+            squares = Readback(squared_norms(self.model))
         grad_norm = clip_gradients(self.model, cfg.optim.grad_clip)
-        numbers = torch.cat((grad_norm.reshape(1), found))
-        tried = Tried(state, batch.first_index, n_rows, lr, agreed.checksum, Readback(numbers))
+        laps.lap("clip")
+        numbers = torch.cat((grad_norm.reshape(1), sums))
+        first, checksum = batch.first_index, agreed.checksum
+        after = TrainState(
+            step=state.step + 1,
+            tokens=state.tokens + n_rows * cfg.data.seq_len,
+            next_sample=first + n_rows,
+        )
+        read = Readback(numbers)
+        tried = Tried(state, after, first, n_rows, lr, checksum, data_wait, laps, read, squares)
+        found = None
         if self.brake is not None:
             self.brake.look(numbers[:2])  # what the guard will look at
-        elif not self.judge(tried):
-            return self.stop_wanted
+        else:
+            found = tried.found(self.stream.names)
+            if not self.judge(tried, found):
+                return
         for optimizer in self.optimizer:
             optimizer.step()
         self.model.zero_grad()
-        self.state = TrainState(
-            step=state.step + 1,
-            tokens=state.tokens + n_rows * cfg.data.seq_len,
-            next_sample=batch.first_index + n_rows,
-        )
-        self.averages.update(self.state.step)
+        self.state = after
+        self.averages.update(after.step)
+        laps.lap("optimizer")
         self.has_stepped = True
-        if self.brake is not None:  # the device has this step to do: time to hear of the last
+        if found is None:  # the device has this step to do: time to hear of the last
             self.settle()
-        clock.lap("step")
-        self.tried = tried._replace(clock=clock, after=self.state)
-        if self.brake is None:
-            self.settle()
-        return self.stop_wanted
+            self.tried = tried
+        else:
+            self.report(tried, found)
 
-    def judge(self, tried: Tried) -> bool:
+    def judge(self, tried: Tried, found: Found) -> bool:
         """Whether the batch is used, by its numbers; else all is as it was before, or earlier."""
-        losses, grad_norm = tried.found(self.stream.names)
+        losses, grad_norm = found
         self.stop_wanted |= losses.stop_wanted
         verdict = self.guard.judge(
-            tried.state.step, tried.first_sample, tried.n_rows, losses.ce, grad_norm
+            tried.before.step, tried.first_sample, tried.n_rows, losses.ce, grad_norm
         )
         if verdict.event == "rewind":
             self.rewind()
-        self.sinks.judged(tried.state if verdict.event != "rewind" else self.state, verdict)
+        self.sinks.judged(tried.before if verdict.event != "rewind" else self.state, verdict)
         if verdict.event in ("left out", "rewind"):
             self.model.zero_grad()
             return False
@@ -319,14 +336,33 @@ class Loop:
         Before anything that lasts: no checkpoint holds a step that was not judged.
         """
         tried, self.tried = self.tried, None
-        if tried is None:
-            return
-        if self.brake is not None:
-            self.judge(tried)  # raises, or has the batch used: it is `may_judge_late`
-        losses, grad_norm = tried.found(self.stream.names)
-        assert tried.clock is not None and tried.after is not None
+        if tried is not None:
+            found = tried.found(self.stream.names)
+            self.judge(tried, found)  # raises, or has the batch used: it is `may_judge_late`
+            self.report(tried, found)
+
+    def report(self, tried: Tried, found: Found) -> None:
+        """Tell of a step. It took from the arrival of the numbers before its own to theirs.
+
+        Where none were on their way, from its own start: validations and saves are left out.
+        """
+        now = monotonic()
+        seconds, self.since = now - self.since, now
+        losses, grad_norm = found
+        norms = None
+        if tried.squares is not None:
+            norms = norms_of(tried.squares.numbers(), parts_of(self.model))
         self.sinks.step(
-            tried.after, losses, tried.checksum, grad_norm, tried.lr, tried.clock, self.stream
+            tried.after,
+            losses,
+            tried.checksum,
+            grad_norm,
+            tried.lr,
+            seconds,
+            tried.data_wait,
+            tried.laps,
+            norms,
+            self.stream,
         )
 
     def rewind(self) -> None:
@@ -354,11 +390,12 @@ class Loop:
             self.sinks.say(message)
 
     def save(self, must_succeed: bool) -> None:
-        """A checkpoint of the present state; waited for only if it `must_succeed`."""
+        """A checkpoint of the present state; waited for if it `must_succeed`, or before a stop."""
         self.settle()
+        must_succeed |= self.stop_wanted
         documents = {
-            "config.yaml": run.resolved_yaml(self.cfg),
-            "model.json": run.model_json(self.cfg.model.architecture),
+            run_files.CONFIG: run.resolved_yaml(self.cfg),
+            run_files.MODEL: run.model_json(self.cfg.model.architecture),
             **self.tokenizer,
         }
         facts = data_facts(self.stream) | ({"init_from": self.origin} if self.origin else {})
@@ -411,10 +448,11 @@ class Loop:
                 world_size=self.layout.sizes.data_ranks,
                 masks=self.cfg.data,
             )
+            begin = monotonic()
             with self.watchdog.watch("validation"):
                 watched = self.watchdog.each(batches)
                 loss = validation_loss(self.model, watched, self.world.device)
-            self.sinks.validation(self.state, name + suffix, loss)
+            self.sinks.validation(self.state, name + suffix, loss, monotonic() - begin)
 
     def evaluate(self) -> None:
         """The tasks of eval.tasks, of the weights and of their averages."""
@@ -425,15 +463,18 @@ class Loop:
                 self.evaluate_weights(average)
 
     def evaluate_weights(self, average: str = "") -> None:
-        """The scores of the weights in place. A model that has none does not end the run."""
+        """The scores of the weights in place. Where there are none the run does not end: the model
+        says nothing, or a file has changed since the start."""
         dtype = DTYPES[self.cfg.parallel.precision]
+        begin = monotonic()
         with self.watchdog.watch("validation"):
             try:
                 found = self.evals.tasks.measure(self.model, dtype, self.watchdog.beat)
-            except RunError as e:  # all ranks alike
+            except (RunError, InputError) as e:  # all ranks alike
                 self.sinks.say(f"step {self.state.step}: no scores: {e}")
                 return
-        self.sinks.evaluation(self.state, metrics_of(found), problems_of(found), average)
+        seconds = monotonic() - begin
+        self.sinks.evaluation(self.state, metrics_of(found), problems_of(found), seconds, average)
 
     def batches_from_here(self) -> Generator[Batch]:
         """This rank's batches from the next sample on, of the size of the next step."""
@@ -456,20 +497,26 @@ class Loop:
         self.sinks.close()
 
 
+Found = tuple[Losses, float]
+"""losses and gradient norm of a step"""
+
+
 class Tried(NamedTuple):
     """A step whose numbers may still be on their way from the device."""
 
-    state: TrainState  # before it
+    before: TrainState
+    after: TrainState
     first_sample: int
     n_rows: int
     lr: float
     checksum: int
+    data_wait: float  # s
+    laps: Laps
     numbers: Readback  # gradient norm, then those of `forward_backward`
-    clock: Clock | None = None
-    after: TrainState | None = None
+    squares: Readback | None  # of `squared_norms`, at intervals
 
-    def found(self, sources: tuple[str, ...]) -> tuple[Losses, float]:
-        """Its losses and its gradient norm; waits until they are there."""
+    def found(self, sources: tuple[str, ...]) -> Found:
+        """What came out; waits until it is there."""
         grad_norm, *found = self.numbers.numbers()
         return losses_of(found, sources), grad_norm
 
@@ -499,8 +546,3 @@ def share_bad_shards(stream: TokenStream, world: World) -> list[str]:
     new = [message for key, message in known.items() if key not in stream.told]
     stream.told.update(known)
     return new
-
-
-def reads_late(device: torch.device) -> bool:
-    """Whether the numbers of a step cost a wait: a CPU has computed them when it is asked."""
-    return device.type == "cuda"

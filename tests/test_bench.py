@@ -5,18 +5,27 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from openlm_lite import bench as bench_module
-from openlm_lite import cli, train
+from openlm_lite import cli, dist, log, train
 from openlm_lite.cli_bench import take_large_pages
 from openlm_lite.errors import InputError
+from openlm_lite.layout import Layout, Sizes
 from openlm_lite.log import read_metrics
 from openlm_lite.metrics import peak_flops, peak_flops_of, throughput
+from openlm_lite.profile import ProfileConfig, Profiler, start_trace, write_trace
 from openlm_lite.run import load_run
-from tests.test_late import run
+from tests.test_late import Device, run
+
+MIXTURE = (
+    "data.train=null",
+    "data.sources={a: {path: nowhere, weight: 0.5}, b: {path: nowhere, weight: 0.5}}",
+)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +87,52 @@ def test_bench_times_whole_steps_and_phases_and_saves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_synthetic_batches_have_the_documents_and_the_sources_of_the_recipe(
+    toy_recipe: Path,
+) -> None:
+    plain = load_run(str(toy_recipe))
+    layout = Layout(Sizes(), 0, blocks=None, tables=None, tp=None, cp=None)  # pyright: ignore[reportArgumentType]
+    batch = next(bench_module.synthetic_batches(plain, layout))
+    assert batch.doc_ids_BT is None and batch.sources_B is None
+    words = ["data.document_masking=true", "data.seq_len=8192", "model.max_seq_len=8192"]
+    words += ["global_batch_tokens=65536", *MIXTURE]
+    cfg = load_run(str(toy_recipe), words)
+    batch = next(bench_module.synthetic_batches(cfg, layout))
+    assert batch.doc_ids_BT is not None and batch.sources_B is not None
+    assert batch.doc_ids_BT.shape == (8, 8192) and (batch.doc_ids_BT.diff() >= 0).all()
+    assert 4 < batch.doc_ids_BT[:, -1].float().mean() < 14  # 7.2 are expected
+    assert batch.sources_B.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+
+
+def test_the_losses_of_a_mixture_by_source_are_part_of_a_timed_step(
+    toy_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found.append(forward_backward(*args, **kwargs))
+        return found[-1]
+
+    found: list[torch.Tensor] = []
+    forward_backward = bench_module.forward_backward
+    monkeypatch.setattr(bench_module, "forward_backward", counted)
+    bench_module.bench(load_run(str(toy_recipe), MIXTURE), steps=1, warmup=0)
+    _, by_source, _ = found[0].split([2, 4, 1])
+    assert (by_source > 0).all()
+
+
+def test_each_timed_step_takes_what_the_device_takes_for_it(
+    toy_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(monkeypatch, bench_module)
+    monkeypatch.setattr(bench_module, "reads_late", lambda device: True)
+    monkeypatch.setattr(bench_module, "time", SimpleNamespace(perf_counter=lambda: device.now))
+    monkeypatch.setattr(bench_module.Stepper, "wait", lambda stepper: device.wait(device.done_at))
+    found = bench_module.bench(load_run(str(toy_recipe)), steps=3, warmup=1)
+    assert found["seconds_min"] == found["seconds_max"] == 10
+    assert found["perf/tokens_per_second"] == 256 / 10
+    assert found["phases_seconds"]["forward and backward"] == 10
+    assert sum(found["phases_seconds"].values()) == 10
+
+
 def test_a_bench_that_cannot_be_is_one_error(toy_recipe: Path, tmp_path: Path) -> None:
     cfg = load_run(str(toy_recipe), [f"run.dir={tmp_path / 'run'}"])
     with pytest.raises(InputError, match="--steps 0 --warmup 3: at least 1 and 0"):
@@ -96,6 +151,49 @@ def test_a_run_traces_the_steps_that_it_was_asked_for(toy_recipe: Path, tmp_path
     updates = [e for e in events if e.get("name") == "aten::_fused_adamw_"]
     assert len(updates) == 4  # two groups a step
     assert str(path) in (tmp_path / "r" / "log.txt").read_text()
+
+
+def test_a_trace_that_cannot_be_written_is_told_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(log.logger, "warning", lambda text, *args: said.append(text % args))
+    (tmp_path / "profile").touch()  # no folder
+    world = dist.World(0, 1, 0, torch.device("cpu"))
+    profiler = Profiler(ProfileConfig(first_step=1, steps=1), tmp_path, world)
+    for step in range(4):
+        profiler.begin(step)
+        assert profiler.end(step + 1) == []
+    profiler.close()
+    (line,) = said
+    assert "steps-1-to-1-rank0.json.gz: no trace: [Errno 17] File exists" in line
+
+
+def test_a_trace_that_is_cut_off_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch says nothing of a full disk."""
+    trace = start_trace(torch.device("cpu"))
+    monkeypatch.setattr(trace, "export_chrome_trace", lambda path: Path(path).write_text('{"a": 1'))
+    said: list[str] = []
+    monkeypatch.setattr(log.logger, "warning", lambda text, *args: said.append(text % args))
+    assert not write_trace(trace, tmp_path / "t.json")
+    (line,) = said
+    assert line.startswith(f"{tmp_path}/t.json: no trace: its JSON is cut off: is there room in /")
+    assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"first_step": -1}, "profile.first_step = -1, must not be negative"),
+        ({"steps": 0}, "profile.steps = 0, must be at least 1"),
+    ],
+)
+def test_steps_that_cannot_be_traced_are_one_error(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ProfileConfig(**fields)  # pyright: ignore[reportArgumentType]
+    assert str(caught.value) == message
 
 
 def test_every_record_has_memory_and_every_log_the_attention(

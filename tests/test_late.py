@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from openlm_lite.optim.brake import Brake
 from openlm_lite.optim.build import OptimConfig, build_optimizer
 from openlm_lite.readback import Readback, to_device
 from openlm_lite.run import load_run
+from openlm_lite.saver import Saver
 from tests.run_faults import BATCH_FAULTS
 from tests.test_train import final_weights, losses, same_weights
 
@@ -25,6 +28,35 @@ from tests.test_train import final_weights, losses, same_weights
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU."""
     monkeypatch.setattr(train, "reads_late", lambda device: True)
+
+
+class Device:
+    """One that takes 10 s for a step, which the host hands over in 1 s; with a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+        """Under the steps of `module`, train or bench."""
+        self.now = self.done_at = 0.0
+        device, forward_backward = self, module.forward_backward
+
+        def hand_over(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self.done_at = max(self.now, self.done_at) + 10
+            self.now += 1
+            return forward_backward(*args, **kwargs)
+
+        class Awaited(Readback):
+            def __init__(self, values_N: torch.Tensor) -> None:
+                super().__init__(values_N)
+                self.there_at = device.done_at
+
+            def numbers(self) -> list[float]:
+                device.wait(self.there_at)
+                return super().numbers()
+
+        monkeypatch.setattr(module, "forward_backward", hand_over)
+        monkeypatch.setattr(module, "Readback", Awaited)
+
+    def wait(self, until: float) -> None:
+        self.now = max(self.now, until)
 
 
 def run(recipe: Path, folder: Path, *words: str) -> int:
@@ -53,6 +85,47 @@ def test_late_numbers_change_no_loss_no_record_and_no_weight(
     assert records[0] == records[1]
 
 
+def test_a_step_takes_from_numbers_to_numbers_without_validations_and_saves(
+    late: None, toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(monkeypatch, train)
+
+    def slow(*args: Any) -> float:
+        device.now += 1000
+        return 5.0
+
+    def slow_start(saver: Saver, *args: Any, **kwargs: Any) -> Any:
+        slow()
+        return start(saver, *args, **kwargs)
+
+    start = Saver.start
+    monkeypatch.setattr(train, "monotonic", lambda: device.now)
+    monkeypatch.setattr(train, "validation_loss", slow)
+    monkeypatch.setattr(Saver, "start", slow_start)
+    assert run(toy_recipe, tmp_path / "r", "eval.every_steps=3") == train.DONE
+    records = train.log.read_metrics(tmp_path / "r" / "metrics.jsonl")
+    rates = [r["perf/tokens_per_second"] for r in records if "train/loss" in r]
+    assert rates == [256 / 10] * 12
+
+
+def test_a_stop_that_is_heard_of_at_a_save_costs_no_further_step(
+    late: None, toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = train.forward_backward
+
+    def asked(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:  # the checkpoint of step 4 comes next
+            kwargs["stop_requested"] = lambda: True
+        return inner(*args, **kwargs)
+
+    calls: list[int] = []
+    monkeypatch.setattr(train, "forward_backward", asked)
+    assert run(toy_recipe, tmp_path / "r", "checkpoint.every_steps=4") == train.STOPPED
+    stopped = json.loads((tmp_path / "r" / "stopped.json").read_text())
+    assert stopped["step"] == len(calls) == 4
+
+
 @pytest.mark.parametrize(
     "fault", ["nan gradient", pytest.param("nan loss", marks=pytest.mark.slow)]
 )
@@ -62,11 +135,11 @@ def test_a_non_finite_step_that_is_heard_of_late_has_not_touched_weights_or_chec
     held: list[train.Loop] = []
     inner_step, step = train.Loop.step, 6
 
-    def remembered(loop: train.Loop) -> bool:
+    def remembered(loop: train.Loop) -> None:
         held[:] = [loop]
         if loop.state.step == step:
             held_before.update({n: p.detach().clone() for n, p in loop.model.named_parameters()})
-        return inner_step(loop)
+        inner_step(loop)
 
     held_before: dict[str, torch.Tensor] = {}
     monkeypatch.setattr(train.Loop, "step", remembered)
@@ -155,14 +228,29 @@ def test_numbers_come_back_as_they_were() -> None:
     assert to_device(values, torch.device("cpu")) is values
 
 
+def test_a_cycle_that_outlived_a_young_collection_is_freed_in_a_pause() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    with train.collected_between_steps() as collect:
+        cycle = Cycle()
+        freed = weakref.ref(cycle)
+        collect(50, False)  # it is old now
+        del cycle
+        assert freed() is not None
+        collect(51, True)
+        assert freed() is None
+
+
 def test_the_garbage_collector_rests_during_steps_and_is_as_before_afterwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     collected: list[int] = []
     with train.collected_between_steps() as collect:
         assert not gc.isenabled() and gc.get_freeze_count() > 0
-        monkeypatch.setattr(gc, "collect", lambda generation: collected.append(generation))
+        monkeypatch.setattr(gc, "collect", lambda generation=2: collected.append(generation))
         for step in range(1, 101):
-            collect(step)
-    assert collected == [1, 1]
+            collect(step, step in (10, 100))  # in a pause, what is old too
+    assert collected == [2, 1, 2]
     assert gc.isenabled() and gc.get_freeze_count() == 0

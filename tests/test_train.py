@@ -377,7 +377,7 @@ def test_inspect_shows_the_run_its_checkpoints_and_what_a_step_reads(
     [
         (["inspect", "nowhere"], "nowhere: found nothing; give a dataset"),
         (["export", "nowhere", "out"], "nowhere: found nothing; give a run, a checkpoint"),
-        (["generate", "nowhere", "hello"], "nowhere: found nothing, not a folder"),
+        (["generate", "nowhere", "hello"], "nowhere: found nothing; give a run, a checkpoint"),
         (["plot", "nowhere"], "nowhere: no such folder; give the folder of a run"),
         (["prepare", "nowhere", "--out", "x", "--train-tokenizer", "300"], "nowhere"),
     ],
