@@ -72,13 +72,33 @@ def _report(error: Exception) -> None:
     print(f"openlm: {where}{error}", file=sys.stderr, flush=True)
 
 
+class _VerbParser(argparse.ArgumentParser):
+    """Words may stand before, between and behind options: `RECIPE --json a.b=c`.
+
+    argparse itself takes the first words for all of them.
+    """
+
+    _is_inside = False  # parse_known_intermixed_args calls parse_known_args
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._is_inside:
+            return super().parse_known_args(args, namespace)
+        self._is_inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_inside = False
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="openlm",
         description="Pretraining of decoder-only language models, from text to Hugging Face.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(
+        title="verbs", metavar="VERB", required=True, parser_class=_VerbParser
+    )
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
         sub = verbs.add_parser(name, help=text, description=text)
@@ -87,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("config", _config, "print a recipe resolved, with what follows from it")
     p.add_argument("words", nargs="*", metavar="RECIPE | a.b=c", help="a recipe, then overrides")
-    p.add_argument("--gpus", type=int, help="for the memory estimate (default: the fewest)")
+    p.add_argument("--gpus", type=int, help="do layout and batch fit them? (default: the fewest)")
     p.add_argument(
         "--gpu", metavar="NAME", help="does it fit an A100-40, A100-80, H100, H200, B200?"
     )
@@ -190,6 +210,8 @@ def _config(args: argparse.Namespace) -> int:
         derived = run.derived_model(model, model.max_seq_len)
     else:
         cfg = run.load_run(args.words[0], args.words[1:])
+        if args.gpus is not None:
+            cfg.check_layout(args.gpus)
         resolved, derived = config.to_plain(cfg), run.derived(cfg, args.gpus, args.gpu)
         if args.schedule:
             schedule = cfg.schedule_in_steps

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.attention.bias import causal_lower_right
 
+from openlm_lite.model.attention import ungrouped
 from openlm_lite.model.transformer import Transformer
 
 
@@ -61,9 +62,7 @@ def gather_row(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def _attend_causal(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor) -> Tensor:
     """The T queries are the last T of the S positions."""
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
-    if q_BNTH.shape[1] != k_BKSH.shape[1]:
-        repeats = q_BNTH.shape[1] // k_BKSH.shape[1]
-        k_BKSH, v_BKSH = (t.repeat_interleave(repeats, dim=1) for t in (k_BKSH, v_BKSH))
+    k_BKSH, v_BKSH = ungrouped(q_BNTH, k_BKSH, v_BKSH)
     if T == S:
         return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True)
     if q_BNTH.device.type == "cuda" and not torch.compiler.is_compiling():

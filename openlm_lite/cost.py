@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from openlm_lite.float8 import Float8
 from openlm_lite.layout import Sizes
+from openlm_lite.memory import kept_per_token
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.recompute import Recomputation
 
@@ -96,7 +98,7 @@ class Plan:
     """rows of one forward pass"""
     micro_batches: int = 1
     recomputation: Recomputation = "none"
-    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    float8: Float8 = "none"
     reduce_bytes: int = 4
     """of a gradient as it is added up"""
     reshard: bool = True
@@ -160,9 +162,7 @@ def _work_of_block(plan: Plan, tokens: float, m: Machine) -> tuple[float, float]
         products /= m.float8_gain
     # q k^T and p v over the half of the row that is seen: 2 x 2 T / 2 per feature of the queries
     attention = 2 * plan.seq_len * model.q_width * tokens / tp / (m.of_flops_attention * m.flops)
-    gated = 4 if model.is_gated else 2
-    width = 6 * model.d_model + 3 * model.q_width + 4 * model.kv_width + gated * model.d_ff
-    moved = m.passes * 2 * width * tokens / tp / (m.of_memory * m.memory)
+    moved = m.passes * 2 * kept_per_token(model) * tokens / tp / (m.of_memory * m.memory)
     forward = products + attention + moved / 3
     backward = 2 * products + 2.5 * attention + moved * 2 / 3  # flash computes its scores again
     if plan.recomputation == "full":

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from openlm_lite.errors import InputError
+from openlm_lite.safe_dcp import plain_name
 
 Float8 = Literal["none", "tensorwise", "rowwise"]
 
@@ -45,8 +47,9 @@ def check_float8(recipe: Float8, device: str) -> None:
 def to_float8(blocks: nn.ModuleList, recipe: Float8, emulate: bool = False) -> list[str]:
     """Exchange the linear layers of the blocks; returns the names of those that were left.
 
-    A layer is left whose sizes are no multiples of 16. `emulate` computes in fp32 what the kernels
-    would: for machines without them. Hooks of the layers stay (tensor parallelism has some).
+    A layer is left whose sizes, or those of this rank's piece of it under tensor parallelism, are
+    no multiples of 16. `emulate` computes in fp32 what the kernels would: for machines without
+    them. Hooks of the layers stay (tensor parallelism has some).
     """
     if recipe == "none":
         return []
@@ -58,8 +61,10 @@ def to_float8(blocks: nn.ModuleList, recipe: Float8, emulate: bool = False) -> l
     for name, linear in list(blocks.named_modules()):
         if not isinstance(linear, nn.Linear):
             continue
-        if linear.in_features % _MULTIPLE or linear.out_features % _MULTIPLE:
-            left.append(name)
+        weight = linear.weight
+        piece = weight.to_local() if isinstance(weight, DTensor) else weight
+        if any(size % _MULTIPLE for size in piece.shape):
+            left.append(plain_name(name))
             continue
         parent, _, last = name.rpartition(".")
         new = library.float8_linear.Float8Linear.from_float(linear, config)

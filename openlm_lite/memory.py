@@ -13,12 +13,12 @@ from typing import NamedTuple
 from openlm_lite.errors import InputError
 from openlm_lite.layout import Sizes
 from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.loss import LOGITS_ON_GPU
 from openlm_lite.parallel import ParallelConfig
 
 GPU_GIB = {"A100-40": 39.4, "A100-80": 79.2, "H100": 79.1, "H200": 139.8, "B200": 178.3}
 """of the SXM modules, as torch sees it: what the data sheets call 40, 80, 80, 141 and 180 GB"""
 _USABLE = 0.9  # the rest: CUDA's context, NCCL's buffers, fragments
-_CHUNK = 2**27  # logits at once (model.loss)
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,15 @@ def parts_of(need: Need) -> Parts:
     activations = int(b * tokens * per_token)
 
     own = tokens // sizes.tp
-    loss = 2 * 4 * min(own * model.vocab_size, _CHUNK) + 4 * model.vocab_size * model.d_model
+    loss = 2 * 4 * min(own * model.vocab_size, LOGITS_ON_GPU) + 4 * model.vocab_size * model.d_model
     return Parts(states, gathered, accumulated, activations, loss)
+
+
+def kept_per_token(model: ModelConfig) -> int:
+    """Numbers that a block keeps for its backward pass, without recomputation and on one rank."""
+    # 6 D: residual stream and norms; 3 q + 4 kv: attention; 4 F with a gate
+    width = 6 * model.d_model + 3 * model.q_width + 4 * model.kv_width
+    return width + (4 if model.is_gated else 2) * model.d_ff
 
 
 class _Widths(NamedTuple):
@@ -110,8 +117,7 @@ class _Widths(NamedTuple):
 def _widths(model: ModelConfig, sizes: Sizes) -> _Widths:
     tp, cp = sizes.tp, sizes.cp
     d, q, kv, f = model.d_model, model.q_width, model.kv_width, model.d_ff
-    # 6 D: residual stream and norms, cut by tp; 3 q + 4 kv: attention; 4 F with a gate
-    everything = (6 * d + 3 * q + 4 * kv + (4 if model.is_gated else 2) * f) / tp
+    everything = kept_per_token(model) / tp
     everything += 2 * d * (1 - 1 / tp)  # what tp gathers in front of both halves of the block
     everything += 2 * kv * (cp - 1) / tp  # the keys and values of the rest of the row
     products = (2 * d + q + 2 * kv + (2 if model.is_gated else 1) * f) / tp

@@ -26,24 +26,26 @@ from openlm_lite.context_parallel import cut_rows, positions_of
 from openlm_lite.errors import InputError
 from openlm_lite.float8 import Float8, to_float8
 from openlm_lite.layout import Layout, LayoutConfig, Sizes
+from openlm_lite.log import logger
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.init import init_weights
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.recompute import Recomputation, recomputed
 from openlm_lite.tensor_parallel import cut_matrices
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class ParallelConfig(LayoutConfig):
     """How the model is laid out and computed. Master weights and optimizer state are fp32."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     """of weights and activations in forward and backward"""
     float8: Float8 = "none"
     """of the products in the blocks, with bf16 around them; needs torchao and an H100 or newer"""
-    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    reduce_dtype: Precision = "fp32"
     """in which the ranks add up their gradients"""
     reduce_every_micro_batch: bool = False
     """add gradients up over the ranks after each micro-batch, not once in a step: no rank then
@@ -122,6 +124,12 @@ def problems(
             f"data.document_masking does not go with parallel.cp = {cp}: set parallel.cp = 1 (tp "
             "and dp may be anything), or leave the documents of a row unmasked"
         )
+    if tp > 1 and not isinstance(cfg.reshard_after_forward, bool):
+        yield (
+            f"parallel.reshard_after_forward = {cfg.reshard_after_forward}: FSDP2 keeps no matrix "
+            f"that parallel.tp = {tp} has cut in shards over a part of the ranks; set it to true "
+            "or false, or parallel.tp = 1"
+        )
     if tp > 1 and optimizer == "muon":
         yield (
             f"optim.name = muon takes matrices whole or by rows, parallel.tp = {tp} cuts them both "
@@ -171,7 +179,14 @@ def parallelize(model: Transformer, layout: Layout, cfg: ParallelConfig) -> None
         take_part_of_rows(model, layout)
     for i, block in enumerate(model.layers):
         model.layers[i] = recomputed(block, cfg.recomputation, cfg.activation_budget)
-    to_float8(model.layers, cfg.float8)
+    left = to_float8(model.layers, cfg.float8)
+    if left and layout.rank == 0:
+        names = dict.fromkeys(name.partition(".")[2] for name in left)  # all blocks are alike
+        logger.info(
+            "parallel.float8: %s of each block stay in bf16: 16 does not divide their sizes%s",
+            ", ".join(names),
+            "" if layout.tp is None else " on a rank",
+        )
     if cfg.compile:
         for block in model.layers:
             block.compile()
@@ -220,8 +235,9 @@ def shard(model: Transformer, layout: Layout, cfg: ParallelConfig) -> None:
     sharded: Any = model  # fully_shard adds methods to it
     blocks: list[Any] = list(model.layers)
     for block in blocks:
-        # the last block's weights are the first that the backward pass asks for
-        reshard = cfg.reshard_after_forward and block is not blocks[-1]
+        # the last block's weights are the first that the backward pass asks for; the number, where
+        # reshard_after_forward is one, has to come last in this `and`
+        reshard = block is not blocks[-1] and cfg.reshard_after_forward
         fully_shard(block, mesh=layout.blocks, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=layout.tables, mp_policy=policy)
     if layout.tp is not None:  # the tables' mean over all ranks would be over the tp groups too

@@ -9,6 +9,9 @@
 A product of matrices costs about 2 D operations for each number that it puts out, a norm a handful;
 attention costs 2 T. So with a budget of 1 next to nothing is computed twice, and with SwiGLU about
 half of the memory is kept; each part of the budget less costs as much of a forward pass.
+
+Attention is known by the operators of `scaled_dot_product_attention`. What another kernel put out
+(flash_attn, xformers, flex, blocks) is computed again.
 """
 
 from __future__ import annotations

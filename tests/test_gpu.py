@@ -27,6 +27,7 @@ from openlm_lite.optim.brake import Brake
 from openlm_lite.optim.build import clip_gradients
 from openlm_lite.readback import Readback
 from openlm_lite.run import load_run
+from openlm_lite.sensors import read_gpus
 from openlm_lite.step import agree_on, forward_backward
 from tests.model.test_document_mask import gradients, random_documents
 from tests.model.test_transformer import TINY, build
@@ -289,3 +290,23 @@ def test_layouts_of_four_gpus_follow_one(toy_recipe: Path, tmp_path: Path, name:
     train(toy_recipe, tmp_path / "1", *words)
     train(toy_recipe, tmp_path / "4", *words, f"parallel.{name}=2", processes=4)
     assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=0.02)
+
+
+def test_norms_phases_and_sensors_change_no_loss_of_a_gpu(toy_recipe: Path, tmp_path: Path) -> None:
+    deterministic = ("run.deterministic=true", "log.every_steps=1")
+    train(toy_recipe, tmp_path / "plain", *deterministic)
+    train(toy_recipe, tmp_path / "r", *deterministic, "log.norms_every=1")
+    assert losses(tmp_path / "r") == losses(tmp_path / "plain")
+    records = [r for r in read_metrics(tmp_path / "r" / "metrics.jsonl") if "train/loss" in r]
+    for record in records:
+        squares = sum(v**2 for k, v in record.items() if k.startswith("grad_norm/"))
+        assert squares**0.5 == pytest.approx(record["train/grad_norm"], rel=1e-4)
+    last = records[-1]
+    assert all(last[f"perf/seconds/{p}"] > 0 for p in ("forward_backward", "clip", "optimizer"))
+
+
+def test_the_sensors_of_a_gpu_tell_sane_figures() -> None:
+    pytest.importorskip("pynvml")
+    found = read_gpus(range(1))
+    assert 10 < found["gpu/temperature_c"] < 110
+    assert 100 < found["gpu/sm_clock_mhz"] < 5000

@@ -15,7 +15,18 @@ from openlm_lite.run import RunConfig
 
 PACKAGE = Path(__file__).parents[1] / "openlm_lite"
 LAYERS = [
-    {"errors", "stop", "config", "redact", "storage", "retries", "remote", "object_store", "dist"},
+    {
+        "errors",
+        "stop",
+        "config",
+        "redact",
+        "storage",
+        "retries",
+        "remote",
+        "object_store",
+        "dist",
+        "run_files",
+    },
     {
         "model",
         "data",
@@ -30,6 +41,7 @@ LAYERS = [
         "wandb_process",
         "history",
         "console",
+        "sensors",
     },
     {
         "layout",
@@ -134,6 +146,14 @@ def test_init_files_export_nothing() -> None:
     for path in FILES:
         if path.name == "__init__.py" and path.parent != PACKAGE and path != REGISTERS:
             assert path.read_text() == "", path
+
+
+def test_a_run_s_files_are_named_in_one_place() -> None:
+    names = {"config.yaml", "metrics.jsonl", "events.jsonl", "stopped.json", "log.txt"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in names:
+                assert path.name == "run_files.py", f"{path}:{node.lineno}: {node.value!r}"
 
 
 def test_every_config_field_is_read_somewhere() -> None:

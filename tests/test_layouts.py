@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,14 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openlm_lite import dist, parallel
 from openlm_lite.cli import main
 from openlm_lite.context_parallel import positions_of
 from openlm_lite.errors import InputError
-from openlm_lite.float8 import check_float8, to_float8
-from openlm_lite.layout import LayoutConfig, Sizes
-from openlm_lite.model.transformer import Transformer
+from openlm_lite.layout import Layout, LayoutConfig, Sizes
+from openlm_lite.model.kernels import Choice, Name
 from openlm_lite.run import load_run
-from tests.test_train import final_weights, losses, measured
+from openlm_lite.step import attention_of
+from tests.run_faults import fault
+from tests.test_train import final_weights, losses, measured, same_weights
 from tests.tiny_run import tiny_config, tiny_model
 from tests.train_server import TrainServer
 
@@ -76,6 +77,10 @@ def test_a_layout_has_the_losses_of_one_process_over_20_steps(
     """And its validation, gradient norms and checksums of the rows that were read."""
     words = [*LONG, *words, "micro_batch_size=2"]
     train(train_server, toy_recipe, tmp_path / "r", *words, world=world)
+    sizes = load_run(str(toy_recipe), words).parallel.sizes(world)
+    said = (tmp_path / "r" / "log.txt").read_text()
+    assert f"devices  {world} x cpu, {sizes.describe()}, fp32" in said
+    assert f"attention by {'sdpa (in pieces of rows' if sizes.cp > 1 else 'blocks (auto)'}" in said
     ours, theirs = measured(tmp_path / "r"), measured(alone)
     assert len(ours) == len(theirs) > 20
     for a, b in zip(ours, theirs, strict=True):
@@ -194,30 +199,39 @@ def test_recomputation_and_prefetch_do_not_change_a_bit(
     assert train(train_server, toy_recipe, tmp_path / "saving", *short, *words, world=2) == plain
 
 
-def test_selective_recomputation_keeps_products_as_the_budget_says() -> None:
-    """Of what autograd holds between forward and backward, by bytes."""
-    from openlm_lite.recompute import recomputed
+@pytest.mark.slow
+def test_weights_kept_over_some_neighbours_do_not_change_a_bit(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path
+) -> None:
+    """Nor averages, validations and checkpoints in between, which find weights so kept."""
+    words = ["total_steps=4", "schedule.cooldown_steps=1", "micro_batch_size=2"]
+    words += [
+        "eval.every_steps=1",
+        "checkpoint.every_steps=1",
+        "averages={e: {kind: ema, decay: 0.9}}",
+    ]
+    for name, kept in (("true", "true"), ("number", "2")):
+        reshard = f"parallel.reshard_after_forward={kept}"
+        train(train_server, toy_recipe, tmp_path / name, *words, reshard, world=4)
+    assert measured(tmp_path / "number") == measured(tmp_path / "true")
+    assert same_weights(tmp_path / "number", tmp_path / "true")
 
-    def held(how: str, budget: float) -> int:
-        model = tiny_model(tiny_config(qk_norm="none", norm="rms_norm"))
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        for i, block in enumerate(model.layers):
-            model.layers[i] = recomputed(block, how, budget)  # pyright: ignore[reportArgumentType]
-        kept: dict[int, int] = {}
 
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return t
+@pytest.mark.parametrize("kept", [True, False, 2])
+def test_fsdp_hears_what_is_kept_after_the_forward_pass_of_each_block(
+    monkeypatch: pytest.MonkeyPatch, kept: bool | int
+) -> None:
+    """The last block's weights stay: the backward pass asks for them at once."""
+    heard: list[bool | int] = []
 
-        tokens = torch.randint(300, (2, 33))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            sums = model(tokens[:, :-1], tokens[:, 1:])
-        del sums
-        return sum(kept.values())
+    def fully_shard(module: object, *, reshard_after_forward: bool | int = True, **_: object):
+        heard.append(reshard_after_forward)
 
-    assert held("full", 0.0) < held("none", 0.0)
+    monkeypatch.setattr(parallel, "fully_shard", fully_shard)
+    layout = Layout(Sizes(1, 4), 0, blocks=None, tables=None, tp=None, cp=None)  # pyright: ignore[reportArgumentType]
+    cfg = parallel.ParallelConfig(reshard_after_forward=kept)
+    parallel.shard(tiny_model(tiny_config(n_layers=3)), layout, cfg)
+    assert [(type(n), n) for n in heard] == [(type(n), n) for n in (kept, kept, False, True)]
 
 
 # --- what does not fit ---------------------------------------------------------------------------
@@ -263,7 +277,18 @@ def test_the_ranks_of_a_row_have_each_position_once_and_the_same_work(cp: int, p
         (["parallel.dp_shard=0"], "dp_shard = 0, must be at least 1 (or -1"),
         (["parallel.tp=-1"], "tp = -1, must be at least 1"),
         (["parallel.activation_budget=2"], "activation_budget = 2.0, must be from 0 to 1"),
+        (["parallel.prefetch_blocks=-1"], "prefetch_blocks = -1, must not be negative"),
+        ([CP, "kernels.attention=blocks"], "(parallel.cp = 2) has a kernel of its own; set kernel"),
+        (
+            [TP, "eval.tasks.suite=core"],
+            "eval.tasks: with parallel.tp = 2 and parallel.cp = 1 several ranks share a row",
+        ),
+        (
+            [CP, "eval.samples.prompts=[a]"],
+            "eval.samples: with parallel.tp = 1 and parallel.cp = 2 several ranks share a row",
+        ),
         (["parallel.reshard_after_forward=1"], "must be true, false or a number of ranks from 2"),
+        ([TP, "parallel.reshard_after_forward=2"], "set it to true or false, or parallel.tp = 1"),
         (["parallel.float8=rowwise"], "float8 = rowwise needs precision = bf16"),
         (["parallel.activation_checkpointing=some"], "or one of none, full, selective, got 'some'"),
     ],
@@ -293,6 +318,18 @@ def test_a_layout_that_does_not_fit_the_ranks_is_told(
     assert message in str(caught.value)
 
 
+def test_config_for_so_many_gpus_says_whether_layout_and_batch_fit_them(
+    toy_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["config", str(toy_recipe), "micro_batch_size=2"]
+    assert main([*words, "--gpus", "4"]) == 0
+    assert "# gpus: 4" in capsys.readouterr().out
+    assert main([*words, "--gpus", "3"]) == 2
+    assert "8 sequences, which 3 ranks x micro_batch_size = 2 do not" in capsys.readouterr().err
+    assert main([*words, "parallel.reshard_after_forward=3", "--gpus", "4"]) == 2
+    assert "must be less than the 4 shards" in capsys.readouterr().err
+
+
 def test_a_mesh_that_does_not_fit_writes_nothing(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
@@ -303,90 +340,41 @@ def test_a_mesh_that_does_not_fit_writes_nothing(
     assert log.read_text().count("\n") == 1 and not (tmp_path / "r").exists()
 
 
-# --- float8 --------------------------------------------------------------------------------------
+def test_logits_of_a_part_of_a_row_are_one_error() -> None:
+    model = tiny_model(tiny_config())
+    layout = Layout(Sizes(tp=2), 0, blocks=None, tables=None, tp=None, cp=None)  # pyright: ignore[reportArgumentType]
+    parallel.take_part_of_rows(model, layout)
+    with pytest.raises(InputError, match=r"tp = 2, parallel.cp = 1: each rank has a part of a row"):
+        model(torch.zeros(1, 8, dtype=torch.long))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-def test_float8_without_hardware_is_one_error() -> None:
-    for device in ("auto", "cpu"):
-        with pytest.raises(InputError, match=r"needs a GPU, this run is on a CPU; set parallel"):
-            check_float8("tensorwise", device)
-    check_float8("none", "cpu")
-
-
-@pytest.mark.filterwarnings("default")  # of torchao, at its import
-@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_float8_rounds_the_products_of_the_blocks_alone(recipe: str) -> None:
-    """Emulated: the kernels' numbers, without them."""
-    pytest.importorskip("torchao")
-    cfg = tiny_config(d_model=32, d_ff=40)
-    model, plain = tiny_model(cfg), tiny_model(cfg)
-    names = [name for name, _ in model.named_parameters()]
-    left = to_float8(model.layers, recipe, emulate=True)  # pyright: ignore[reportArgumentType]
-    assert left == [f"{i}.feed_forward.{w}" for i in (0, 1) for w in ("w_gate", "w_up", "w_down")]
-    assert [name for name, _ in model.named_parameters()] == names
-    tokens = torch.randint(300, (2, 33), generator=torch.Generator().manual_seed(0))
-    found = []
-    for one in (model, plain):
-        sums = one(tokens[:, :-1], tokens[:, 1:])
-        sums.total.backward()
-        found.append((sums.ce, one.layers[0].attention.wq.weight.grad))
-    (ce, grad), (expected_ce, expected) = found
-    assert ce != expected_ce and ce == pytest.approx(expected_ce.item(), rel=0.01)
-    assert not torch.equal(grad, expected)  # e5m2 has two bits behind the point
-    assert torch.cosine_similarity(grad.flatten(), expected.flatten(), dim=0) > 0.9
-
-
-# --- what it needs -------------------------------------------------------------------------------
-
-
-def test_config_says_what_fits_a_gpu_and_what_to_change(
-    capsys: pytest.CaptureFixture[str],
+def test_a_kernel_that_one_rank_cannot_run_ends_all_ranks_with_its_error(
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:
-    words = ["config", "dclm_7b_2x", "--gpus", "8", "--json"]
-    assert main([*words, "--gpu", "A100-40"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["fits_A100-40"] == "no" and "A100-40" not in found["fits"].split(", ")
-    first = found["would_fit_with"].split("; ")[0]
-    changes = first.split(": ")[0].split()
-    assert main([*words[:2], *changes, *words[2:], "--gpu", "A100-40"]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert again["fits_A100-40"] == "yes"
-    assert again["memory_gib_per_gpu"] == pytest.approx(float(first.split()[-2]), abs=0.06)
-    assert main([*words, "--gpu", "H1000"]) == 2
-    assert "there are A100-40, A100-80, H100, H200, B200" in capsys.readouterr().err
+    log = tmp_path / "log.txt"
+    words = [str(toy_recipe), f"run.dir={tmp_path / 'r'}"]
+    refused = [fault("refuse", 1, "attention")]
+    assert train_server.train(*words, world=2, log=log, faults=refused)["codes"] == [2, 2]
+    assert log.read_text() == "openlm: rank 1: attention: not on this rank\n"
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("choices", "expected"),
     [
-        ["parallel.tp=8"],
-        ["parallel.cp=4"],
-        ["parallel.activation_checkpointing=selective"],
-        ["parallel.reduce_every_micro_batch=true"],
-        ["micro_batch_size=1"],
+        ([("sdpa_cudnn", "auto")] * 2, ("sdpa_cudnn", "auto")),
+        (
+            [("sdpa_cudnn", "auto"), ("sdpa", "auto; sdpa_cudnn: does not run here")],
+            ("sdpa", "auto; sdpa_cudnn: does not run here, on rank 1"),
+        ),
     ],
 )
-def test_the_memory_estimate_knows_what_saves_memory(words: list[str]) -> None:
-    from openlm_lite.run import memory_bytes
-
-    plain = memory_bytes(load_run("dclm_7b_2x"), 64)
-    assert memory_bytes(load_run("dclm_7b_2x", words), 64) < plain
-    assert memory_bytes(load_run("dclm_7b_2x", ["parallel.dp_replicate=8"]), 64) > plain
-
-
-def test_the_estimate_of_the_states_is_what_the_ranks_hold(toy_recipe: Path) -> None:
-    cfg = load_run(str(toy_recipe), [TP])
-    from openlm_lite.memory import parts_of
-    from openlm_lite.run import memory_need
-
-    n = sum(p.numel() for p in Transformer(cfg.model.architecture).parameters())
-    assert parts_of(memory_need(cfg, 2)).states == 16 * n // 2
-    hsdp = load_run(str(toy_recipe), [HSDP])
-    assert parts_of(memory_need(hsdp, 4)).states == 16 * n // 2
-
-
-def test_old_words_for_activation_checkpointing_still_work() -> None:
-    on = load_run("dclm_1b_1x", ["parallel.activation_checkpointing=true"]).parallel
-    off = load_run("dclm_1b_1x", ["parallel.activation_checkpointing=false"]).parallel
-    assert (on.recomputation, off.recomputation) == ("full", "none")
+def test_all_ranks_pass_over_the_kernel_that_one_of_them_passed_over(
+    toy_recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    choices: list[tuple[Name, str]],
+    expected: tuple[str, str],
+) -> None:
+    gathered = [Choice(*choice) for choice in choices]
+    monkeypatch.setattr(dist, "on_all_ranks", lambda action: gathered)
+    assert attention_of(load_run(str(toy_recipe)), torch.device("cpu")) == expected

@@ -115,10 +115,13 @@ def train_on_cpu(
 
 @torch.compiler.disable  # a compiled block is two graphs around it
 def _by_blocks(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask: Tensor | None) -> Tensor:
-    repeats = q_BNTH.shape[1] // k_BKTH.shape[1]
-    if repeats > 1:
-        k_BKTH, v_BKTH = (t.repeat_interleave(repeats, dim=1) for t in (k_BKTH, v_BKTH))
-    return eager.CausalAttention.apply(q_BNTH, k_BKTH, v_BKTH, mask)
+    return eager.CausalAttention.apply(q_BNTH, *ungrouped(q_BNTH, k_BKTH, v_BKTH), mask)
+
+
+def ungrouped(q_BNTH: Tensor, *others: Tensor) -> list[Tensor]:
+    """Keys and values, one head for each query head: for kernels that know no groups."""
+    repeats = q_BNTH.shape[1] // others[0].shape[1]
+    return [t if repeats == 1 else t.repeat_interleave(repeats, dim=1) for t in others]
 
 
 @functools.cache

@@ -37,6 +37,7 @@ from openlm_lite.model.attention import (
     causal_flex_mask,
     sdpa,
     train_on_cpu,
+    ungrouped,
 )
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.transformer import Transformer
@@ -50,9 +51,7 @@ _PROBE_TOLERANCE = 0.05  # of bf16 sums over 128 keys, against the same in fp32
 class KernelConfig:
     """Which kernels compute what the model says."""
 
-    attention: Literal[
-        "auto", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash_attn", "xformers", "flex", "blocks"
-    ] = "auto"
+    attention: Literal["auto", Name] = "auto"
     """auto: blocks on a CPU in fp32; cuDNN's on Hopper and Blackwell GPUs, in bf16 and where it
     runs; else sdpa"""
 
@@ -167,12 +166,6 @@ def _probe(name: Name, model: ModelConfig, device: torch.device, dtype: torch.dt
     return None
 
 
-def _repeated(q_BNTH: Tensor, *others: Tensor) -> list[Tensor]:
-    """Keys and values, one head for each query head: for kernels that know no groups."""
-    repeats = q_BNTH.shape[1] // others[0].shape[1]
-    return [t if repeats == 1 else t.repeat_interleave(repeats, dim=1) for t in others]
-
-
 def _sdpa_flash(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
     grouped = k_BKTH.shape[1] != q_BNTH.shape[1]
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -182,7 +175,7 @@ def _sdpa_flash(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
 
 
 def _sdpa_cudnn(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
-    k, v = _repeated(q_BNTH, k_BKTH, v_BKTH)
+    k, v = ungrouped(q_BNTH, k_BKTH, v_BKTH)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q_BNTH, k, v, is_causal=True)
 
@@ -204,7 +197,7 @@ def _xformers(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
         memory_efficient_attention,
     )
 
-    q, k, v = (t.transpose(1, 2) for t in (q_BNTH, *_repeated(q_BNTH, k_BKTH, v_BKTH)))
+    q, k, v = (t.transpose(1, 2) for t in (q_BNTH, *ungrouped(q_BNTH, k_BKTH, v_BKTH)))
     return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask()).transpose(1, 2)
 
 

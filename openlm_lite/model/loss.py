@@ -18,6 +18,8 @@ from openlm_lite.errors import InputError
 
 IGNORE_INDEX = -100
 """A target with this id is not learned from."""
+LOGITS_ON_GPU = 2**27
+"""about as many at once"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
 
     Not under 512 tokens: narrower products run below the speed of the large ones.
     """
-    budget = (4 if device.type == "cpu" else 128) * 2**20
+    budget = 2**22 if device.type == "cpu" else LOGITS_ON_GPU
     return max(512, budget // vocab_size // 64 * 64)
 
 
