@@ -6,7 +6,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 # a thread per process
 
-say() { printf '\n$ %s\n' "$*"; "$@"; }
+say() { # the command, such that it can be pasted, and what it says
+    printf '\n$'
+    for word; do
+        case $word in *[!A-Za-z0-9_./:=-]*) word=${word@Q} ;; esac
+        printf ' %s' "$word"
+    done
+    echo
+    "$@"
+}
 
 [ -f runs/stdlib.jsonl ] || say python examples/stdlib_corpus.py runs/stdlib.jsonl
 say openlm prepare runs/stdlib.jsonl --out runs/quickstart-data \

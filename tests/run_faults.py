@@ -1,7 +1,10 @@
 """Faults inside the loop of a rank, for `TrainServer.train(faults=[…])`.
 
     fault("hang", 1, "step", 5)            rank 1 never comes out of its fifth step
+    fault("sleep", 1, "journal", 2)        … comes late to what is kept of its second task
     fault("SIGTERM", 0, "after load")      … a signal after its first load of a checkpoint
+    fault("error", 1, "step", 3)           … an error at its third step
+    fault("refuse", 1, "attention")        … cannot have the attention kernel that was asked for
     fault("nan gradient", 1, "batch", 25)  … in the global batch 25, as often as it is trained on
 
 Places count the calls in one process; a resumed run counts anew. A batch is the same one always.
@@ -16,11 +19,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from openlm_lite.errors import InputError
+
 Fault = dict[str, Any]
 
 
 def fault(do: str, rank: int, at: str, n: int = 1) -> Fault:
-    """One fault: a kind of `BATCH_FAULTS` at "batch", else "hang" or signals such as "SIGINT"."""
+    """One fault: a kind of `BATCH_FAULTS` at "batch", else one of `_ACTS` or signals: "SIGINT"."""
     return {"do": do, "rank": rank, "at": at, "n": n}
 
 
@@ -28,10 +33,12 @@ def inject(faults: list[Fault], rank: int) -> None:
     """Put the faults of this rank into place."""
     import torch
 
-    from openlm_lite import checkpoint, saver, train
+    from openlm_lite import checkpoint, saver, step, train
     from openlm_lite.data.stream import TokenStream
+    from openlm_lite.eval.journal import FolderJournal
 
     places: dict[str, tuple[Any, str]] = {
+        "attention": (step, "choose_attention"),
         "read": (TokenStream, "read"),  # by the thread that reads ahead
         "agree": (train, "agree_on"),
         "step": (train, "forward_backward"),
@@ -39,6 +46,7 @@ def inject(faults: list[Fault], rank: int) -> None:
         "validation": (train, "validation_loss"),
         "save": (saver, "write_checkpoint"),  # in a thread of its own
         "load": (checkpoint, "load_checkpoint"),
+        "journal": (FolderJournal, "load"),
     }
     for each in faults:
         if each["rank"] != rank:
@@ -82,6 +90,10 @@ def _hang(_: Fault) -> None:
     time.sleep(1000)
 
 
+def _error(_: Fault) -> None:
+    raise ValueError("broken on purpose")
+
+
 def _signals(each: Fault) -> None:
     """Signals to this process, 0.7 s apart: of two Ctrl-C in less, the second one is no other."""
     for i, name in enumerate(each["do"].split()):
@@ -89,7 +101,20 @@ def _signals(each: Fault) -> None:
         os.kill(os.getpid(), signal.Signals[name])
 
 
-_ACTS: dict[str, Callable[[Fault], None]] = {"hang": _hang}
+def _refuse(each: Fault) -> None:
+    raise InputError(f"{each['at']}: not on this rank")
+
+
+def _sleep(_: Fault) -> None:
+    time.sleep(1.5)
+
+
+_ACTS: dict[str, Callable[[Fault], None]] = {
+    "hang": _hang,
+    "sleep": _sleep,
+    "error": _error,
+    "refuse": _refuse,
+}
 
 
 def _scaled_gradient(factor: float) -> Callable[[int], Callable[[Any], Any]]:

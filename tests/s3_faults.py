@@ -9,15 +9,16 @@ from __future__ import annotations
 import http.client
 import http.server
 import logging
-import os
 import socket
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
+
+import pytest
 
 from openlm_lite import remote
 
@@ -141,40 +142,41 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 @contextmanager
-def s3_with_faults() -> Iterator[Faults]:
-    """The environment points every S3 client at the proxy; the bucket `bucket` is there."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
+def proxied(upstream: int) -> Iterator[Faults]:
+    """A proxy before the server at this port; at its own port are the faults."""
     remote._filesystems.clear()  # of another server
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
     faults = Faults()
-    handler = type("Proxy", (_Proxy,), {"faults": faults, "upstream": moto.get_host_and_port()[1]})
+    handler = type("Proxy", (_Proxy,), {"faults": faults, "upstream": upstream})
     with _Server(("127.0.0.1", 0), handler) as proxy:
         faults.port = proxy.server_port
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        names = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{faults.port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "canary-of-a-secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-        before = {name: os.environ.get(name) for name in names}
-        os.environ |= names
-        connection = http.client.HTTPConnection("127.0.0.1", faults.port)
-        connection.request("PUT", "/bucket")
-        connection.getresponse().read()
-        connection.close()
         try:
             yield faults
         finally:
             faults.over.set()
             proxy.shutdown()
-            moto.stop()
-            for name, value in before.items():
-                with suppress(KeyError):
-                    del os.environ[name]
-                if value is not None:
-                    os.environ[name] = value
+            remote._filesystems.clear()
+
+
+@contextmanager
+def s3_with_faults() -> Iterator[Faults]:
+    """The environment points every S3 client at the proxy; the bucket `bucket` is there."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    try:
+        with proxied(moto.get_host_and_port()[1]) as faults, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{faults.port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "canary-of-a-secret")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            connection = http.client.HTTPConnection("127.0.0.1", faults.port)
+            connection.request("PUT", "/bucket")
+            connection.getresponse().read()
+            connection.close()
+            yield faults
+    finally:
+        moto.stop()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from openlm_lite.cost import MACHINES, Machine, Plan, _collective, estimate
+from openlm_lite.layout import Sizes
+from openlm_lite.memory import GPU_GIB
+from openlm_lite.model.config import ModelConfig
 from tests.train_server import ROOT
 
 
@@ -66,3 +71,67 @@ def test_the_gpu_benchmark_without_a_gpu_says_so() -> None:
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="no CUDA device here; --toy checks the script"):
         benchmark("gpu_step").main([])
+
+
+def test_the_tables_of_docs_scale_are_those_of_the_cost_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    benchmark("step_cost").main()
+    text = (ROOT / "docs" / "scale.md").read_text()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert [table.count("\n") for table in tables] == [26, 24]  # 25 rows, 23 rows
+    for table in tables:
+        assert f"\n\n{table}\n\n" in text
+
+
+def test_the_summary_of_the_cost_model_is_that_of_its_rows() -> None:
+    step_cost = benchmark("step_cost")
+    ratios = [
+        estimate(row.plan, row.machine).tokens_per_second_per_gpu / row.tokens_per_second_per_gpu
+        for row in step_cost.PUBLISHED
+        if row.note not in (step_cost.FITTED, step_cost.RING)
+    ]
+    worst = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
+    said = f"Of the {len(ratios)} rows that were not used to choose a constant and are no ring"
+    said += (
+        f" attention, the median ratio is {statistics.median(ratios):.2f}, the worst {worst:.2f}."
+    )
+    assert said in (ROOT / "docs" / "scale.md").read_text()
+    assert sum(row.note == step_cost.FITTED for row in step_cost.PUBLISHED) == 4
+
+
+def test_memory_and_speed_are_known_of_the_same_gpus() -> None:
+    assert MACHINES.keys() == GPU_GIB.keys()
+
+
+def test_a_step_that_talks_to_nobody_takes_what_its_formulas_say() -> None:
+    """By hand, for a machine of round numbers; no recomputation, one GPU, one pass."""
+    model = ModelConfig(
+        *(100, 8, 2, 2, 1, 4, 16, 64), positions="rope", norm="rms_norm", activation="swiglu"
+    )
+    m = Machine(flops=1e6, memory=1e6, of_flops=0.5, of_flops_attention=0.25, of_memory=0.5)
+    step = estimate(Plan(model, Sizes(), 32, 3), m)
+    tokens, matrices = 3 * 32, 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+    products = 6 * (matrices + 100 * 8) * tokens / 0.5e6
+    attention = 2 * 3.5 * 2 * 32 * 8 * tokens / 0.25e6  # two layers; 1 forward, 2.5 backward
+    kept = 6 * 8 + 3 * 8 + 4 * 4 + 4 * 16
+    moved = 2 * 8 * 2 * kept * tokens / 0.5e6
+    assert step.compute == pytest.approx(products + attention + moved)
+    assert step.exposed == step.tensor == step.context == step.fsdp == 0
+    assert step.optimizer == pytest.approx(model.n_params * 36 / 0.5e6)
+    assert step.tokens_per_second_per_gpu == pytest.approx(tokens / step.seconds)
+    assert step.mfu == pytest.approx(
+        step.tokens_per_second_per_gpu * model.flops_per_token(32) / m.flops
+    )
+
+
+def test_talk_is_a_ring_of_hops_and_bytes() -> None:
+    """16 GPUs of two nodes gather over 15 hops, one of them between the nodes."""
+    m = Machine(nvlink=400e9, network=50e9, of_links=0.5, start=1e-6, hop_in_node=2e-6)
+    assert _collective(8e9, 1, 1, m) == 0
+    one_node = 1e-6 + 7 * 2e-6 + 8e9 * 7 / 8 / 200e9
+    assert _collective(8e9, 8, 1, m) == pytest.approx(one_node)
+    two = 1e-6 + 14 * 2e-6 + m.hop_between + 8e9 * 15 / 16 / 200e9  # 8 adapters of 50 GB/s
+    assert _collective(8e9, 16, 1, m) == pytest.approx(two)
+    apart = 1e-6 + m.hop_between + 8e9 / 2 / 25e9  # neighbours on two nodes: one adapter
+    assert _collective(8e9, 2, 8, m) == pytest.approx(apart)

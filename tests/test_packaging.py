@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -20,6 +23,21 @@ def run(words: list[str], cwd: Path, env: dict[str, str] | None = None) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_sources_are_of_the_oldest_python_that_is_promised() -> None:
+    """As far as a newer Python can tell (`ast.parse`): 3.12's `type X = …` would not parse."""
+    with (ROOT / "pyproject.toml").open("rb") as f:
+        settings = tomllib.load(f)
+    oldest = settings["project"]["requires-python"].removeprefix(">=")
+    version = tuple(map(int, oldest.split(".")))
+    for folder in ("openlm_lite", "tests", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=version)
+    assert settings["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert settings["tool"]["pyright"]["pythonVersion"] == oldest
+    found = re.findall(r"Python :: (3\.\d+)$", "\n".join(settings["project"]["classifiers"]), re.M)
+    assert found[0] == oldest and found == [f"3.{version[1] + i}" for i in range(len(found))]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from openlm_lite.data.tokenizer import TOKENIZER_NAMES, load_tokenizer
 from openlm_lite.errors import InputError
 from openlm_lite.hf.weights import checkpoint_weights
 from openlm_lite.inspection import inspect_path
+from openlm_lite.recorded import read_run
 from openlm_lite.remote_lock import RemoteLock, this_process
 from openlm_lite.run_folder import take_lock
 from tests import s3_faults
@@ -390,6 +391,10 @@ def test_two_runs_cannot_share_a_local_folder_of_checkpoints(
     assert said.read_text().count(message) == 1
     assert sorted(p.name for p in kept.iterdir()) == ["lock"]
     assert ranks.train(*words)["codes"] == [0]
+    with take_lock(kept, "checkpoint.dir"):  # a run that was done is not done by this launch
+        assert ranks.train(*words)["codes"] == [2]
+    found = read_run(tmp_path / "b", all_records=False)
+    assert found.state == "failed" and "is in use by another run" in found.why
 
 
 @pytest.mark.slow

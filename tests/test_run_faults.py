@@ -85,7 +85,7 @@ def test_a_full_disk_under_the_run_folder_costs_records_and_not_the_run(
     assert done["codes"] == [STOPPED]
     text = said.read_text()
     assert text.count("metrics.jsonl: not written: [Errno 28] No space left on device") == 1
-    assert "stopped on request after step 181" in text and "Traceback" not in text
+    assert "stopped on request after step 180" in text and "Traceback" not in text
     assert 50 < len(losses(run)) < 180
 
     subprocess.run(["mount", "-o", "remount,size=96k", str(small_disk)], check=True)

@@ -4,8 +4,9 @@
 forks the ranks of every request. The ranks meet through a TCP store on loopback, as under torchrun.
 Requests and answers are JSON lines on standard input and output:
 
-    {"words": ["recipe.yaml", "a.b=c"], "world": 2, "kill": {"rank": 1, "event": 17},
-     "log": "FILE", "faults": […], "patience": 0.2, "signals": [[1.5, 0, "SIGTERM"], …]}
+    {"words": ["train", "recipe.yaml", "a.b=c"], "world": 2, "kill": {"rank": 1, "event": 17},
+     "log": "FILE", "faults": […], "patience": 0.2, "signals": [[1.5, 0, "SIGTERM"], …],
+     "folder": "where the ranks start"}
     -> {"codes": [0, -9], "events": [40, 17]}
 
 An event is one call of an instrumented function (optimizer step, log record, file of a checkpoint,
@@ -66,17 +67,23 @@ class TrainServer:
         faults: Sequence[dict[str, Any]] = (),
         patience: float = 0.2,
         signals: Sequence[tuple[float, int, str]] = (),
+        verb: str = "train",
+        folder: Path | None = None,
     ) -> dict[str, Any]:
-        """Run the ranks to their end; exit codes (negative: the signal) and events per rank."""
+        """Run the ranks to their end; exit codes (negative: the signal) and events per rank.
+
+        `verb`: another one of `openlm`, whose `words` they are.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {
-            "words": list(words),
+            "words": [verb, *words],
             "world": world,
             "kill": None if kill is None else {"rank": kill[0], "event": kill[1]},
             "log": None if log is None else str(log),
             "faults": list(faults),
             "patience": patience,
             "signals": sorted(signals),
+            "folder": None if folder is None else str(folder),
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -192,6 +199,8 @@ def _be_rank(request: dict[str, Any], rank: int, port: int, report: int) -> None
     log = os.open(request["log"] or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if request["folder"] is not None:
+        os.chdir(request["folder"])
     kill = request["kill"]
     events = _Events(kill["event"] if kill and kill["rank"] == rank else None)
     code = 1
@@ -203,7 +212,7 @@ def _be_rank(request: dict[str, Any], rank: int, port: int, report: int) -> None
             inject(request["faults"], rank)
         from openlm_lite.cli import main
 
-        code = main(["train", *request["words"]])
+        code = main(request["words"])
     except SystemExit as e:
         code = int(e.code or 0)
     except BaseException:
