@@ -13,8 +13,8 @@ Every subject is a process of its own, so that its memory is its own; one step o
 makes a round, so that noise of the machine meets all alike. Reported are medians over the rounds,
 and the median over the rounds of the ratios to `transformers eager` in the same round: by the
 clock, and by CPU seconds, which other users of the machine disturb less. Memory is the largest
-resident set (VmHWM) of the whole run less that after the imports. `openlm train` asks PyTorch for
-large pages (see `cli_bench.take_large_pages`), and so does this package's process here.
+resident set (VmHWM) of the whole run less that after the imports. `openlm train` sets how memory is
+had from Linux (`openlm_lite/host_memory.py`), and so does this package's process here.
 
 The result goes to benchmarks/results/ as JSON and as a table.
 """
@@ -188,9 +188,10 @@ def torchtitan(vocab: int, rows: Any, compiled: bool, variant: str) -> Step:
 def serve(name: str, vocab: int, threads: int) -> None:
     """A subject's process: a step for each line of standard input, its numbers as a line out."""
     if name.startswith("openlm_lite"):
-        from openlm_lite.cli_bench import take_large_pages
+        from openlm_lite.host_memory import keep_freed_memory, take_large_pages
 
         take_large_pages()
+        keep_freed_memory()
         import openlm_lite.train  # noqa: F401
     elif name.startswith("transformers"):
         import transformers.models.llama.modeling_llama  # noqa: F401

@@ -23,6 +23,7 @@ from openlm_lite.data.stream import Batch, train_batches
 from openlm_lite.dist import World
 from openlm_lite.errors import InputError
 from openlm_lite.float8 import check_float8
+from openlm_lite.host_memory import keep_freed_memory
 from openlm_lite.layout import Layout
 from openlm_lite.metrics import device_name, peak_flops, throughput
 from openlm_lite.optim.build import clip_gradients
@@ -64,6 +65,8 @@ def bench(
         make_deterministic(cfg)
         sources = open_sources(cfg.data, cfg.model.vocab_size)[0] if real_data else None
         world = dist.init(cfg.run.device)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         at_end.callback(dist.close)
         stepper = Stepper(cfg, world)
         if sources is None:

@@ -20,6 +20,7 @@ from typing import Any
 from openlm_lite import cli_bench, cli_data, cli_eval, cli_fit, cli_runs, cli_science, redact
 from openlm_lite.cli_data import print_result
 from openlm_lite.errors import InputError, RelayedError, RunError, SharedError
+from openlm_lite.host_memory import take_large_pages
 
 FAILED, BAD_INPUT = 1, 2
 
@@ -241,7 +242,7 @@ def _readable(value: Any) -> str:
 def _train(args: argparse.Namespace) -> int:
     from openlm_lite.stop import StopRequest
 
-    cli_bench.take_large_pages()
+    take_large_pages()
     with StopRequest(until_exit=True) as stop:  # first: what follows imports torch, for seconds
         from openlm_lite import log
         from openlm_lite.run import load_run

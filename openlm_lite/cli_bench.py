@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
 
 from openlm_lite.cli_data import print_result
+from openlm_lite.host_memory import take_large_pages
 
 
 def add_verb(verb: Callable[..., Any]) -> None:
@@ -25,15 +25,6 @@ def add_verb(verb: Callable[..., Any]) -> None:
     )
     p.add_argument("--trace", metavar="FILE.json", help="of one more step, for chrome://tracing")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
-
-
-def take_large_pages(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Let PyTorch ask Linux for pages of 2 MiB; before torch is imported.
-
-    A step on a CPU allocates hundreds of megabytes anew, each with a fault per page of 4 KiB.
-    What the user has set stays.
-    """
-    environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _bench(args: argparse.Namespace) -> int:

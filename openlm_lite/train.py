@@ -54,6 +54,7 @@ from openlm_lite.eval.samples import Sampler
 from openlm_lite.float8 import check_float8
 from openlm_lite.guard import Guard
 from openlm_lite.hf.source import Source, tokenizer_documents
+from openlm_lite.host_memory import keep_freed_memory
 from openlm_lite.inherit import Record, first_weights, open_init_source
 from openlm_lite.model.kernels import Choice
 from openlm_lite.optim.brake import Brake
@@ -114,6 +115,8 @@ def train(cfg: RunConfig, allow_change: Sequence[str] = (), stop: StopRequest | 
             stop = at_end.enter_context(StopRequest())
         watchdog = at_end.enter_context(Watchdog(cfg.watchdog, rank, world_size, stop))
         world = dist.init(cfg.run.device, cfg.watchdog.group_seconds)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         attention = attention_of(cfg, world.device)
         place = at_end.enter_context(run_folder(cfg, folder, stream, allow_change))
         watchdog.stacks_folder = folder

@@ -13,7 +13,6 @@ import torch
 
 from openlm_lite import bench as bench_module
 from openlm_lite import cli, dist, log, train
-from openlm_lite.cli_bench import take_large_pages
 from openlm_lite.errors import InputError
 from openlm_lite.layout import Layout, Sizes
 from openlm_lite.log import read_metrics
@@ -213,12 +212,3 @@ def test_a_backend_that_is_not_for_this_machine_is_one_error_before_anything_is_
     with pytest.raises(InputError, match=r"kernels.attention = flash_attn: runs on CUDA devices"):
         run(toy_recipe, tmp_path / "r", "kernels.attention=flash_attn")
     assert not (tmp_path / "r").exists()
-
-
-def test_large_pages_are_asked_for_unless_the_user_has_said_something() -> None:
-    environ: dict[str, str] = {}
-    take_large_pages(environ)
-    assert environ == {"THP_MEM_ALLOC_ENABLE": "1"}
-    environ = {"THP_MEM_ALLOC_ENABLE": "0"}
-    take_large_pages(environ)
-    assert environ == {"THP_MEM_ALLOC_ENABLE": "0"}

@@ -25,6 +25,7 @@ LAYERS = [
         "remote",
         "object_store",
         "dist",
+        "host_memory",
         "run_files",
     },
     {

@@ -110,12 +110,15 @@ def train_on_cpu(
     q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """`eager.CausalAttention`, with a head of keys and values for each of the queries."""
-    return _by_blocks(q_BNTH, k_BKTH, v_BKTH, mask)  # pyright: ignore[reportCallIssue]
+    q, k, v = q_BNTH, *ungrouped(q_BNTH, k_BKTH, v_BKTH)
+    if torch.compiler.is_compiling():  # in the kernel that turns them, not one by one behind it
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return _by_blocks(q, k, v, mask)  # pyright: ignore[reportCallIssue]
 
 
 @torch.compiler.disable  # a compiled block is two graphs around it
-def _by_blocks(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask: Tensor | None) -> Tensor:
-    return eager.CausalAttention.apply(q_BNTH, *ungrouped(q_BNTH, k_BKTH, v_BKTH), mask)
+def _by_blocks(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, mask: Tensor | None) -> Tensor:
+    return eager.CausalAttention.apply(q_BNTH, k_BNTH, v_BNTH, mask)
 
 
 def ungrouped(q_BNTH: Tensor, *others: Tensor) -> list[Tensor]:

@@ -72,6 +72,10 @@ def _turn(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor, direction: int) -> Ten
     x = x_BTNH.float()
     first, second = x[..., :half], x[..., half:]
     out = torch.empty_like(x)
+    if x.device.type == "cpu":
+        # in memory as attention multiplies it (B, N, T, H), and the gradient back as it was
+        B, T, N, H = x.shape
+        out = x.new_empty(B, N, T, H).transpose(1, 2) if x.is_contiguous() else x.new_empty(x.shape)
     torch.mul(first, cos, out=out[..., :half])
     out[..., :half].addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=out[..., half:])
@@ -108,44 +112,45 @@ class CausalAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, seen_B1TT: Tensor | None = None
     ) -> Tensor:
-        shape = q_BNTH.shape
-        q, k, v = (t.reshape(-1, *shape[2:]) for t in (q_BNTH * shape[3] ** -0.5, k_BNTH, v_BNTH))
-        out = torch.empty_like(q)
+        B, N, T, H = q_BNTH.shape
+        q, k, v = (t.reshape(B * N, T, H) for t in (q_BNTH * H**-0.5, k_BNTH, v_BNTH))
+        out_BNTH = q.new_empty(B, T, N, H).transpose(1, 2)  # in the order of what comes next
         kept = []
-        for start, end in _blocks(shape[2]):
+        for start, end in _blocks(T):
             scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
             if seen_B1TT is None:
                 scores[:, :, start:] += torch.full((end - start, end - start), -torch.inf).triu_(1)
             else:
                 hidden = seen_B1TT[:, :, start:end, :end].logical_not()
-                scores.view(*shape[:2], end - start, end).masked_fill_(hidden, -torch.inf)
-            p = torch.softmax(scores, dim=-1)
-            out[:, start:end] = torch.bmm(p, v[:, :end])
+                scores.view(B, N, end - start, end).masked_fill_(hidden, -torch.inf)
+            p = torch.softmax(scores, dim=-1, out=scores)
+            out_BNTH[:, :, start:end] = torch.bmm(p, v[:, :end]).view(B, N, -1, H)
             kept.append(p)
-        ctx.save_for_backward(q, k, v, out, *kept)
-        return out.view(shape)
+        ctx.save_for_backward(q, k, v, out_BNTH, *kept)
+        return out_BNTH
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        shape = grads[0].shape
-        d_out = grads[0].reshape(q.shape)
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        q, k, v, out_BNTH, *kept = ctx.saved_tensors
+        (d_out_BNTH,) = grads
+        (B, N, T, H) = shape = d_out_BNTH.shape
         # softmax: ds = p (dp - sum(p dp)), and sum(p dp) = sum(out d_out)
-        row_sums = (out * d_out).sum(-1, keepdim=True)
-        blocks = zip(_blocks(shape[2]), kept, strict=True)
+        row_sums = (out_BNTH * d_out_BNTH).sum(-1).reshape(B * N, T, 1)
+        d_out = d_out_BNTH.reshape(q.shape)
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        blocks = zip(_blocks(T), kept, strict=True)
         for (start, end), p in reversed(list(blocks)):  # the last one has all keys: it writes
             d_here = d_out[:, start:end]
             d_s = torch.bmm(d_here, v[:, :end].transpose(1, 2))
             d_s.sub_(row_sums[:, start:end]).mul_(p)
             d_q[:, start:end] = torch.bmm(d_s, k[:, :end])
-            if end == shape[2]:
+            if end == T:
                 torch.bmm(p.transpose(1, 2), d_here, out=d_v)
                 torch.bmm(d_s.transpose(1, 2), q[:, start:end], out=d_k)
             else:  # not baddbmm_: into a slice it runs one product after the other
                 d_v[:, :end] += torch.bmm(p.transpose(1, 2), d_here)
                 d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q[:, start:end])
-        d_q.mul_(shape[3] ** -0.5)
+        d_q.mul_(H**-0.5)
         return d_q.view(shape), d_k.view(shape), d_v.view(shape), None
 
 

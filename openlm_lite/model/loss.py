@@ -117,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # exponentials would be taken again for the gradient.
             largest = logits.amax(dim=1, keepdim=True)
             target = logits.gather(1, index).sub_(largest)
-            p = torch.softmax(logits, dim=1)
+            p = torch.softmax(logits, dim=1, out=logits)
             log_largest_p = p.amax(dim=1, keepdim=True).log_()
             ce[rows] = torch.where(kept, -(target + log_largest_p).squeeze(1), 0.0)
             lse = largest - log_largest_p
