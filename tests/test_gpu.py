@@ -22,7 +22,7 @@ from openlm_lite.metrics import peak_flops
 from openlm_lite.model import attention
 from openlm_lite.model.attention import FlexMask
 from openlm_lite.model.kernels import KERNELS, KernelConfig, Name, choose_attention
-from openlm_lite.model.loss import LossSums
+from openlm_lite.model.loss import LossSums, linear_cross_entropy
 from openlm_lite.optim.brake import Brake
 from openlm_lite.optim.build import clip_gradients
 from openlm_lite.readback import Readback
@@ -310,3 +310,23 @@ def test_the_sensors_of_a_gpu_tell_sane_figures() -> None:
     found = read_gpus(range(1))
     assert 10 < found["gpu/temperature_c"] < 110
     assert 100 < found["gpu/sm_clock_mhz"] < 5000
+
+
+@pytest.mark.parametrize("vocab", [96, 1_000, 8_192, 50_432, 131_072])
+def test_the_loss_and_its_gradients_are_those_of_fp64(vocab: int) -> None:
+    """Each size of row has a softmax kernel of its own, which writes over the logits here."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    h = torch.randn(96, 64, device="cuda", generator=generator)
+    w = torch.randn(vocab, 64, device="cuda", generator=generator)
+    y = torch.randint(vocab, (96,), device="cuda", generator=generator)
+    ours = [t.clone().requires_grad_() for t in (h, w)]
+    sums = linear_cross_entropy(*ours, y, chunk_tokens=40)
+    sums.total.backward()
+
+    exact = [t.double().requires_grad_() for t in (h, w)]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), y, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(sums.total.double(), expected, rtol=1e-5, atol=1e-4)
+    for t, e in zip(ours, exact, strict=True):
+        assert t.grad is not None and e.grad is not None
+        torch.testing.assert_close(t.grad.double(), e.grad, rtol=1e-3, atol=1e-3)
