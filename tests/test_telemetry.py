@@ -572,7 +572,9 @@ def test_a_server_that_is_not_there_at_the_start_leaves_a_folder_to_sync(
 
     server.mode = "ok"  # later, by hand
     monkeypatch.setenv("WANDB_BASE_URL", url)
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, timeout=120)
+    done = subprocess.run(  # wandb writes logs where it is called
+        [sys.executable, "-m", *command], capture_output=True, timeout=120, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert without_clock(server.history) == records(1, 1000)
 
