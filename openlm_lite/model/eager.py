@@ -71,11 +71,13 @@ def _turn(x_BTNH: Tensor, cos_TH: Tensor, sin_TH: Tensor, direction: int) -> Ten
     cos, sin = cos_TH[..., None, :half], sin_TH[..., None, :half]
     x = x_BTNH.float()
     first, second = x[..., :half], x[..., half:]
-    out = torch.empty_like(x)
-    if x.device.type == "cpu":
-        # in memory as attention multiplies it (B, N, T, H), and the gradient back as it was
-        B, T, N, H = x.shape
-        out = x.new_empty(B, N, T, H).transpose(1, 2) if x.is_contiguous() else x.new_empty(x.shape)
+    B, T, N, H = x.shape
+    if x.device.type != "cpu":
+        out = torch.empty_like(x)
+    elif x.is_contiguous():  # in memory as attention multiplies it: B, N, T, H
+        out = x.new_empty(B, N, T, H).transpose(1, 2)
+    else:  # and the gradient back as it was
+        out = x.new_empty(B, T, N, H)
     torch.mul(first, cos, out=out[..., :half])
     out[..., :half].addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=out[..., half:])

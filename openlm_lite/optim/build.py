@@ -153,9 +153,9 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
         # the sum over the shards: a collective, on every rank
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    # What is multiplied by 1 can be left alone; only a CPU knows without a wait.
-    is_small = total.device.type == "cpu" and bool(total + _CLIP_EPS <= max_norm)
-    if max_norm > 0 and not is_small:
+    # A factor of 1 need not be multiplied by; only a CPU knows of it without a wait.
+    has_factor_1 = total.device.type == "cpu" and bool(total + _CLIP_EPS <= max_norm)
+    if max_norm > 0 and not has_factor_1:
         for parameters in by_mesh.values():
             nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
     return total.float()

@@ -83,6 +83,21 @@ def test_causal_attention(length: int, heads: int, width: int, block: int) -> No
         )
 
 
+def test_between_rotary_embedding_and_projections_nothing_is_copied() -> None:
+    """Heads come first in memory where attention multiplies, positions elsewhere; both ways."""
+    cos, sin = rope_tables(torch.arange(7), ModelConfig(5, 8, 1, 1, 1, 8, 8, 7))
+    x_BTNH = torch.randn(2, 7, 3, 8, requires_grad=True)
+    turned = eager.Rotate.apply(x_BTNH, cos, sin).transpose(1, 2)
+    assert turned.is_contiguous()
+    q, k, v = (torch.randn(2, 3, 7, 8, requires_grad=True) for _ in range(3))
+    out = eager.CausalAttention.apply(q, k, v)
+    assert out.transpose(1, 2).is_contiguous()
+    turned.backward(torch.randn(2, 3, 7, 8))
+    out.square().sum().backward()
+    for t in (x_BTNH, q, k, v):
+        assert t.grad is not None and t.grad.is_contiguous()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch.compile warns about its own inner workings
 def test_a_compiled_model_has_the_losses_of_the_eager_one() -> None:
