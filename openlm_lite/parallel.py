@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -188,6 +189,10 @@ def parallelize(model: Transformer, layout: Layout, cfg: ParallelConfig) -> None
             "" if layout.tp is None else " on a rank",
         )
     if cfg.compile:
+        if layout.tables.device_type == "cpu":
+            # A norm's or an activation function's output that a product needs again is computed
+            # again: they are a third of what a block would keep. Never measured on a GPU.
+            torch._functorch.config.ban_recompute_materialized_backward = False
         for block in model.layers:
             block.compile()
     if layout.tables.size() > 1 or cfg.precision != "fp32":

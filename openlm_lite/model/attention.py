@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from openlm_lite.errors import InputError
-from openlm_lite.model import eager
+from openlm_lite.model import cpu_attention
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.layers import Norm, alibi_slopes, apply_rope
 
@@ -109,16 +109,13 @@ def sdpa(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None = N
 def train_on_cpu(
     q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """`eager.CausalAttention`, with a head of keys and values for each of the queries."""
-    q, k, v = q_BNTH, *ungrouped(q_BNTH, k_BKTH, v_BKTH)
-    if torch.compiler.is_compiling():  # in the kernel that turns them, not one by one behind it
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return _by_blocks(q, k, v, mask)  # pyright: ignore[reportCallIssue]
+    """`cpu_attention.causal_attention`, with a head of keys and values for each of the queries.
 
-
-@torch.compiler.disable  # a compiled block is two graphs around it
-def _by_blocks(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, mask: Tensor | None) -> Tensor:
-    return eager.CausalAttention.apply(q_BNTH, k_BNTH, v_BNTH, mask)
+    A compiled block keeps less in everything, and does not keep the probabilities either.
+    """
+    k, v = ungrouped(q_BNTH, k_BKTH, v_BKTH)
+    keep = not torch.compiler.is_compiling()
+    return cpu_attention.causal_attention(q_BNTH, k, v, mask, keep)
 
 
 def ungrouped(q_BNTH: Tensor, *others: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ it replaces, and keeps fewer tensors for the backward pass; the formulas are the
 `torch.compile` fuses by itself and is given the plain operations (see `layers.py`). Measured by
 `benchmarks/cpu_step.py`.
 
-Shapes: B batch, T position, N heads, H head_dim, G = B*N.
+Shapes: B batch, T position, N heads, H head_dim.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-ATTENTION_BLOCK = 128
-"""queries that are multiplied at once with the keys up to theirs; fastest on 1 and on 2 cores"""
 
 
 class RMSNorm(torch.autograd.Function):
@@ -99,64 +96,3 @@ class SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         d_gate = torch.ops.aten.silu_backward.default(dy * up, gate)
         return d_gate, F.silu(gate).mul_(dy)
-
-
-class CausalAttention(torch.autograd.Function):
-    """Causal softmax attention on a CPU, a block of queries at a time against the keys before it.
-
-    The blocks are plain matrix products, which a CPU does at twice the speed of the tiled kernel
-    behind `scaled_dot_product_attention`, and nothing above the diagonal blocks is computed. The
-    probabilities are kept for the backward pass: B N T^2 / 2 numbers per layer. A mask, boolean
-    [B, 1, T, T], says what is seen of that; every query sees itself.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, seen_B1TT: Tensor | None = None
-    ) -> Tensor:
-        B, N, T, H = q_BNTH.shape
-        q, k, v = (t.reshape(B * N, T, H) for t in (q_BNTH * H**-0.5, k_BNTH, v_BNTH))
-        out_BNTH = q.new_empty(B, T, N, H).transpose(1, 2)  # in the order of what comes next
-        kept = []
-        for start, end in _blocks(T):
-            scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
-            if seen_B1TT is None:
-                scores[:, :, start:] += torch.full((end - start, end - start), -torch.inf).triu_(1)
-            else:
-                hidden = seen_B1TT[:, :, start:end, :end].logical_not()
-                scores.view(B, N, end - start, end).masked_fill_(hidden, -torch.inf)
-            p = torch.softmax(scores, dim=-1, out=scores)
-            out_BNTH[:, :, start:end] = torch.bmm(p, v[:, :end]).view(B, N, -1, H)
-            kept.append(p)
-        ctx.save_for_backward(q, k, v, out_BNTH, *kept)
-        return out_BNTH
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out_BNTH, *kept = ctx.saved_tensors
-        (d_out_BNTH,) = grads
-        (B, N, T, H) = shape = d_out_BNTH.shape
-        # softmax: ds = p (dp - sum(p dp)), and sum(p dp) = sum(out d_out)
-        row_sums = (out_BNTH * d_out_BNTH).sum(-1).reshape(B * N, T, 1)
-        d_out = d_out_BNTH.reshape(q.shape)
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        blocks = zip(_blocks(T), kept, strict=True)
-        for (start, end), p in reversed(list(blocks)):  # the last one has all keys: it writes
-            d_here = d_out[:, start:end]
-            d_s = torch.bmm(d_here, v[:, :end].transpose(1, 2))
-            d_s.sub_(row_sums[:, start:end]).mul_(p)
-            d_q[:, start:end] = torch.bmm(d_s, k[:, :end])
-            if end == T:
-                torch.bmm(p.transpose(1, 2), d_here, out=d_v)
-                torch.bmm(d_s.transpose(1, 2), q[:, start:end], out=d_k)
-            else:  # not baddbmm_: into a slice it runs one product after the other
-                d_v[:, :end] += torch.bmm(p.transpose(1, 2), d_here)
-                d_k[:, :end] += torch.bmm(d_s.transpose(1, 2), q[:, start:end])
-        d_q.mul_(H**-0.5)
-        return d_q.view(shape), d_k.view(shape), d_v.view(shape), None
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return [
-        (start, min(start + ATTENTION_BLOCK, length)) for start in range(0, length, ATTENTION_BLOCK)
-    ]

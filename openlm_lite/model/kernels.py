@@ -10,7 +10,7 @@ a query sees the keys up to its own, with N a multiple of K. What they take:
     flash_attn   CUDA    bf16        8 | H, to 256    all but ALiBi    flash-attn
     xformers     CUDA    bf16, fp32  8 | H            all but ALiBi    xformers
     flex         CUDA    any         from 16          any              torch (FlexAttention)
-    blocks       CPU     fp32        any              all but ALiBi    `eager.CausalAttention`
+    blocks       CPU     fp32        any              all but ALiBi    `cpu_attention.py`
 
 Documents inside a row are kept apart by FlexAttention on CUDA and by a mask elsewhere, whatever is
 chosen here (`attention.document_mask`); generation with a cache uses `sdpa`.

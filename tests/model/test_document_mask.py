@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from openlm_lite import dist
 from openlm_lite.errors import InputError
 from openlm_lite.layout import build_layout
-from openlm_lite.model import attention, eager
+from openlm_lite.model import attention, cpu_attention
 from openlm_lite.model.attention import KVCache
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.transformer import Transformer
@@ -69,7 +69,7 @@ def test_each_document_of_a_row_gives_what_it_gives_alone(
         torch.testing.assert_close(
             model(tokens, doc_ids_BT=doc_ids), expected, rtol=1e-5, atol=1e-5
         )
-    # with gradients, to eager.CausalAttention
+    # with gradients, to cpu_attention.causal_attention
     torch.testing.assert_close(model(tokens, doc_ids_BT=doc_ids), expected, rtol=1e-5, atol=1e-5)
 
     model(tokens, targets, doc_ids_BT=doc_ids, z_weight=1e-3).total.backward()
@@ -123,8 +123,8 @@ def test_masked_attention_in_blocks_equals_the_whole(
     seen = (seen[:, :, None] == seen[:, None, :]).tril_()[:, None]
     q, k, v = (torch.randn(2, 3, length, 5, requires_grad=True) for _ in range(3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "ATTENTION_BLOCK", block)
-        ours = eager.CausalAttention.apply(q, k, v, seen)
+        patch.setattr(cpu_attention, "BLOCK", block)
+        ours = cpu_attention.causal_attention(q, k, v, seen)
         plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
         weights = torch.randn_like(ours)

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from openlm_lite.model import eager
 from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.cpu_attention import causal_attention
 from openlm_lite.model.layers import rope_tables
 
 
@@ -63,26 +62,6 @@ def test_swiglu() -> None:
     check(eager.SwiGLU.apply, lambda g, u: F.silu(g) * u, gate, up)
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    length=st.integers(1, 300),
-    heads=st.integers(1, 3),
-    width=st.integers(1, 9),
-    block=st.sampled_from([1, 7, 64, 128]),
-)
-def test_causal_attention(length: int, heads: int, width: int, block: int) -> None:
-    q, k, v = (torch.randn(2, heads, length, width, requires_grad=True) for _ in range(3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "ATTENTION_BLOCK", min(block, length) if length > 60 else block)
-        check(
-            eager.CausalAttention.apply,
-            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-            q,
-            k,
-            v,
-        )
-
-
 def test_between_rotary_embedding_and_projections_nothing_is_copied() -> None:
     """Heads come first in memory where attention multiplies, positions elsewhere; both ways."""
     cos, sin = rope_tables(torch.arange(7), ModelConfig(5, 8, 1, 1, 1, 8, 8, 7))
@@ -90,7 +69,7 @@ def test_between_rotary_embedding_and_projections_nothing_is_copied() -> None:
     turned = eager.Rotate.apply(x_BTNH, cos, sin).transpose(1, 2)
     assert turned.is_contiguous()
     q, k, v = (torch.randn(2, 3, 7, 8, requires_grad=True) for _ in range(3))
-    out = eager.CausalAttention.apply(q, k, v)
+    out = causal_attention(q, k, v)
     assert out.transpose(1, 2).is_contiguous()
     turned.backward(torch.randn(2, 3, 7, 8))
     out.square().sum().backward()
