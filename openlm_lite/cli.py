@@ -243,11 +243,13 @@ def _train(args: argparse.Namespace) -> int:
     from openlm_lite.stop import StopRequest
 
     take_large_pages()
-    with StopRequest(until_exit=True) as stop:  # first: what follows imports torch, for seconds
+    # first: what follows imports torch, for seconds
+    with StopRequest(until_exit=True, importing=True) as stop:
         from openlm_lite import log
         from openlm_lite.run import load_run
         from openlm_lite.train import train
 
+        stop.importing = False
         log.setup_console(rank=int(os.environ.get("RANK", "0")))
         return train(load_run(args.recipe, args.overrides), args.allow_change, stop)
 

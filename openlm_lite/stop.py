@@ -3,6 +3,7 @@
     signal ──C──> byte in a pipe ─────────> insisted()   any thread, even if the main one is stuck
            └─main thread──> requested = True             the loop: agree, save, exit 75
                          └─ a second Ctrl-C ───────────> KeyboardInterrupt: end at once, unsaved
+                                                         (while importing: os._exit)
 
 Nothing slow is imported here: `openlm train` makes its StopRequest before it imports torch, so that
 a signal in those seconds is remembered too. Slurm's may come a minute before it was ordered.
@@ -35,7 +36,13 @@ class StopRequest:
 
     A request stays; asking again changes nothing, whichever the signals. Only a second Ctrl-C, half
     a second after the first or later, ends the process: KeyboardInterrupt in the main thread, and
-    the watchdog's end where that does not get through. What is saved by then stays whole.
+    the watchdog's end where that does not get through. What is saved by then stays whole. An error
+    that it became on its way (C code can answer with one of its own) leaves the `with` block as
+    KeyboardInterrupt.
+
+    With `importing`, for a command that has nothing to save yet, the process ends right there,
+    until `importing` is made False: an extension module under import can swallow a
+    KeyboardInterrupt, and half a module is left that fails later and elsewhere.
 
     Released, the signals are whose they were; with `until_exit`, for a command that has come to its
     end, they are ignored. The interpreter's own end takes a second with torch, Slurm and torchrun
@@ -44,9 +51,10 @@ class StopRequest:
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self, *, until_exit: bool = False) -> None:
+    def __init__(self, *, until_exit: bool = False, importing: bool = False) -> None:
         self.requested = False
         self.until_exit = until_exit
+        self.importing = importing
         self.parent = os.getppid()  # who started us: a launcher that dies later is missed by this
         self.listens = threading.current_thread() is threading.main_thread()
         self._insisted = False
@@ -78,6 +86,8 @@ class StopRequest:
                 self._insisted = True
                 if self.listens:  # else the end has come anyway
                     self._say("ending at once; what is saved stays whole")
+                    if self.importing:
+                        os._exit(INTERRUPTED)
                     raise KeyboardInterrupt
             if self._pressed_at is None:
                 self._pressed_at = now
@@ -127,6 +137,8 @@ class StopRequest:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
     ) -> None:
         self.release()
+        if self._insisted and isinstance(error, Exception):
+            raise KeyboardInterrupt from error

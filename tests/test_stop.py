@@ -45,10 +45,10 @@ while not os.path.exists(__file__ + ".go"):
 
 
 def start(
-    tmp_path: Path, program: str, *wrapper: str, words: Sequence[str] = ()
+    tmp_path: Path, program: str, *wrapper: str, words: Sequence[str] = (), slow: str = SLOW
 ) -> subprocess.Popen[str]:
     """The program in a process of its own, in the midst of its slow import."""
-    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "slow.py").write_text(slow)
     process = subprocess.Popen(
         [*wrapper, sys.executable, "-c", program, *words],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
@@ -134,6 +134,41 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     process.send_signal(INT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "ending at once" in said
+
+
+# An extension module that meets the interrupt while it is imported may drop it, or make another
+# error of it.
+SWALLOWS = """
+try:
+    import slow_import
+except KeyboardInterrupt as e:
+    ANSWER
+"""
+
+
+@pytest.mark.parametrize("answer", ["pass", "raise ImportError('initialization failed') from e"])
+def test_a_second_ctrl_c_ends_imports_that_swallow_it(tmp_path: Path, answer: str) -> None:
+    (tmp_path / "slow_import.py").write_text(SLOW)
+    program = PROGRAM.replace("until_exit=True", "until_exit=True, importing=True")
+    process = start(tmp_path, program, slow=SWALLOWS.replace("ANSWER", answer))
+    process.send_signal(INT)
+    time.sleep(0.8)
+    process.send_signal(INT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "ending at once" in said and "Traceback" not in said
+
+
+def test_an_error_that_the_second_ctrl_c_became_is_an_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, StopRequest() as stop:
+        stop._pressed_at = 0.0
+        try:
+            signal.raise_signal(INT)
+        except KeyboardInterrupt as e:
+            raise RuntimeError("in C code") from e
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match="before it"), StopRequest():
+        signal.raise_signal(INT)
+        raise RuntimeError("before it")
 
 
 def test_ctrl_c_after_another_signal_is_still_a_request(tmp_path: Path) -> None:
