@@ -109,36 +109,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            h, y = hidden[rows], targets[rows]
-            kept = y != IGNORE_INDEX
-            index = torch.where(kept, y, 0).unsqueeze(1)
-            logits = (h @ weight.t()).float()
-            # The largest probability is exp(largest logit - lse): cheaper than log_softmax, whose
-            # exponentials would be taken again for the gradient.
-            largest = logits.amax(dim=1, keepdim=True)
-            target = logits.gather(1, index).sub_(largest)
-            p = torch.softmax(logits, dim=1, out=logits)
-            log_largest_p = p.amax(dim=1, keepdim=True).log_()
-            ce[rows] = torch.where(kept, -(target + log_largest_p).squeeze(1), 0.0)
-            lse = largest - log_largest_p
-            if z_over_targets:
-                lse = torch.where(kept.unsqueeze(1), lse, 0.0)
+            ce[rows], lse, grad = _of_chunk(
+                hidden[rows], weight, targets[rows], z_weight, z_over_targets, grad_w
+            )
             if has_z:
                 z += lse.square().sum()
-            if grad_h is None or grad_w is None:
-                continue
-            # d total / d logits = a p - kept y, with a = kept + 2 z_weight lse
-            keep = kept.unsqueeze(1).to(p.dtype)
-            if has_z:
-                p *= keep + 2.0 * z_weight * lse
-                d_logits = p.scatter_add_(1, index, -keep).to(h.dtype)
-                grad_h[rows] = d_logits @ weight
-                _add_product(grad_w, d_logits, h)
-            else:
-                # without z-loss an ignored row is all zero: cheaper to blank it in [N, D]
-                d_logits = p.scatter_add_(1, index, torch.full_like(keep, -1.0)).to(h.dtype)
-                grad_h[rows] = (d_logits @ weight) * keep.to(h.dtype)
-                _add_product(grad_w, d_logits, h * keep.to(h.dtype))
+            if grad_h is not None:
+                grad_h[rows] = grad
         if grad_h is not None and grad_w is not None:
             ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
         ctx.mark_non_differentiable(ce, z)
@@ -151,6 +128,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = grad_outputs[0]
         # in place: a second gradient of the head would be the largest tensor of a step
         return grad_h.mul_(scale), grad_w.mul_(scale), *(None,) * 5
+
+
+def _of_chunk(
+    h: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    z_weight: float | Tensor,
+    z_over_targets: bool,
+    grad_w: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cross entropies, logsumexps, and the gradient of `h` where that of the head is summed up.
+
+    A function of its own, so that a chunk's logits are freed before the next one's are made.
+    """
+    has_z = isinstance(z_weight, Tensor) or z_weight != 0.0
+    kept = y != IGNORE_INDEX
+    index = torch.where(kept, y, 0).unsqueeze(1)
+    logits = (h @ weight.t()).float()
+    # The largest probability is exp(largest logit - lse): cheaper than log_softmax, whose
+    # exponentials would be taken again for the gradient.
+    largest = logits.amax(dim=1, keepdim=True)
+    target = logits.gather(1, index).sub_(largest)
+    p = torch.softmax(logits, dim=1, out=logits)
+    log_largest_p = p.amax(dim=1, keepdim=True).log_()
+    ce = torch.where(kept, -(target + log_largest_p).squeeze(1), 0.0)
+    lse = largest - log_largest_p
+    if z_over_targets:
+        lse = torch.where(kept.unsqueeze(1), lse, 0.0)
+    if grad_w is None:
+        return ce, lse, None
+    # d total / d logits = a p - kept y, with a = kept + 2 z_weight lse
+    keep = kept.unsqueeze(1).to(p.dtype)
+    if has_z:
+        p *= keep + 2.0 * z_weight * lse
+        d_logits = p.scatter_add_(1, index, -keep).to(h.dtype)
+        _add_product(grad_w, d_logits, h)
+        return ce, lse, d_logits @ weight
+    # without z-loss an ignored row is all zero: cheaper to blank it in [N, D]
+    d_logits = p.scatter_add_(1, index, torch.full_like(keep, -1.0)).to(h.dtype)
+    keep = keep.to(h.dtype)
+    _add_product(grad_w, d_logits, h * keep)
+    return ce, lse, (d_logits @ weight) * keep
 
 
 def _add_product(grad_VD: Tensor, d_logits_NV: Tensor, h_ND: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openlm_lite.model.loss import IGNORE_INDEX, linear_cross_entropy
@@ -77,10 +78,15 @@ def test_gradients_scale_with_what_arrives() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
+    """Remembers the largest tensor that any operation made, and how many bytes lived at once."""
 
     elements = 0
     products = 0
+    bytes = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
@@ -88,6 +94,10 @@ class _Largest(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())
+                storage = tensor.untyped_storage()
+                self._alive[StorageWeakRef(storage)] = storage.nbytes()
+        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
+        self.bytes = max(self.bytes, sum(self._alive.values()))
         return out
 
 
@@ -101,6 +111,27 @@ def test_all_logits_never_exist_at_once(z_weight: float) -> None:
         )
         sums.total.backward()
     assert largest.elements == chunk * vocab < n * vocab
+
+
+@pytest.mark.parametrize("z_weight", [0.0, 1e-4])
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, 4), (torch.bfloat16, 4 + 2)])
+def test_logits_of_one_chunk_exist_at_once(z_weight: float, dtype: torch.dtype, sizes: int) -> None:
+    n, vocab, chunk = 64, 500, 8
+    h = torch.randn(n, 4, dtype=dtype, requires_grad=True)
+    w = torch.randn(vocab, 4, dtype=dtype, requires_grad=True)
+    with _Largest() as largest:
+        linear_cross_entropy(
+            h, w, torch.zeros(n, dtype=torch.long), z_weight=z_weight, chunk_tokens=chunk
+        )
+    of_head = 3 * w.numel() * 4  # itself, its gradient, the product that is added to that
+    assert largest.bytes <= sizes * chunk * vocab + of_head + 4096
+
+
+def test_logits_of_an_evaluation_exist_a_chunk_at_a_time() -> None:
+    h, w = torch.randn(64, 4), torch.randn(500, 4)
+    with torch.no_grad(), _Largest() as largest:
+        linear_cross_entropy(h, w, torch.zeros(64, dtype=torch.long), chunk_tokens=8)
+    assert largest.bytes <= 4 * 8 * 500 + 4 * w.numel() + 4096
 
 
 def test_evaluation_takes_no_gradient() -> None:
