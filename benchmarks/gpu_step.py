@@ -7,7 +7,8 @@ where it is installed: none of it is fetched). Order: rates of the device (matri
 products, copies, every attention kernel), then for each size all subjects in turn, round after
 round, until that size's share of the time is used up. Every subject does the whole step on the same
 batch: bf16 forward and backward over fp32 master weights, clipping at norm 1, fused AdamW. Ours is
-the step of the training loop (FSDP2 on one process), as `openlm bench` runs it.
+the step of the training loop (FSDP2 on one process), as `openlm bench` runs it. All subjects of a
+size are held at once; those that do not fit beside the ones before are left out, and named.
 
 FLOPs per token = 6 (block matrices + output head) + 12 n_layers d_model seq_len, no discount for
 the causal mask. The roofline adds the least times of a step's parts at the measured rates: matrix
@@ -26,6 +27,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import platform
 import statistics
 import sys
@@ -179,15 +181,14 @@ def plain_step(model: Any, loss_of: Callable[[], Any], device: torch.device) -> 
 
 
 def subjects(world: World, compiled: bool) -> dict[str, Build]:
-    found = {
-        "openlm_lite, compiled": ours("auto", True, world),
-        "openlm_lite, compiled, sdpa": ours("sdpa", True, world),
-        "openlm_lite": ours("auto", False, world),
-    }
-    for package, build in (("transformers", transformers), ("litgpt", litgpt)):
-        if util.find_spec(package) is not None:
-            found[package] = build(False)
-            found[f"{package}, compiled"] = build(True)
+    """Those that are missed least come last: time or memory may not suffice for them."""
+    peers = {"transformers": transformers, "litgpt": litgpt}
+    peers = {name: build for name, build in peers.items() if util.find_spec(name) is not None}
+    found = {"openlm_lite, compiled": ours("auto", True, world)}
+    found |= {f"{name}, compiled": build(True) for name, build in peers.items()}
+    found["openlm_lite, compiled, sdpa"] = ours("sdpa", True, world)
+    found["openlm_lite"] = ours("auto", False, world)
+    found |= {name: build(False) for name, build in peers.items()}
     return {name: build for name, build in found.items() if compiled or "compiled" not in name}
 
 
@@ -292,47 +293,72 @@ def roofline(size: Size, rates: dict[str, float], attention: float) -> dict[str,
 # --- the run -------------------------------------------------------------------------------------
 
 
+class Subject(NamedTuple):
+    """A step that is ready, and the bytes of the device that it needs."""
+
+    step: Step
+    own: int  # held between its steps: weights and moments
+    of_a_step: int  # besides, while it takes one
+
+
+def start(build: Build, size: Size, device: torch.device) -> Subject:
+    """Build it, compile, fill caches, and see what memory a step takes."""
+    before = allocated(device)
+    step = build(size, device)
+    for _ in range(3):
+        step()
+    wait(device)
+    after = allocated(device)
+    reset_peak(device)
+    step()
+    wait(device)
+    return Subject(step, after - before, peak_allocated(device) - after)
+
+
+def fit(subjects: Sequence[Subject], memory: float) -> bool:
+    """Whether all can be held at once while any of them takes its step; 5 % are left to others."""
+    needed = sum(s.own for s in subjects) + max(s.of_a_step for s in subjects)
+    return needed <= 0.95 * memory
+
+
 def measure(
     size: Size, builds: dict[str, Build], device: torch.device, until: float, rounds: int
 ) -> dict[str, Any]:
     """Seconds and memory of every subject, a step of each in turn, until the time is up."""
-    steps: dict[str, Step] = {}
-    memory: dict[str, float] = {}
+    held: dict[str, Subject] = {}
     failed: dict[str, str] = {}
     for name, build in builds.items():
         print(f"{name} …", file=sys.stderr, flush=True)
         if time.monotonic() > until:
             failed[name] = "no time left"
             continue
-        before = allocated(device)
+        subject = None
         try:
-            step = build(size, device)
-            for _ in range(3):  # compile, fill caches
-                step()
-            wait(device)
-            reset_peak(device)
-            step()
-            wait(device)
+            subject = start(build, size, device)
         except (RuntimeError, InputError, ImportError, AttributeError, TypeError, ValueError) as e:
             failed[name] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-            gc.collect()
-            continue
-        steps[name], memory[name] = step, (peak_allocated(device) - before) / 2**30
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+        if subject is not None and not fit([*held.values(), subject], total_memory(device)):
+            failed[name] = "does not fit into the device's memory beside those before it"
+            subject = None
+        if subject is None:
+            release_memory(device)
+        else:
+            held[name] = subject
+    seconds: dict[str, list[float]] = {name: [] for name in held}
     for i in range(rounds):
         if i >= 3 and time.monotonic() > until:
             break
-        for name, step in steps.items():
+        for name, subject in held.items():
             wait(device)
-            start = time.perf_counter()
+            begin = time.perf_counter()
             for _ in range(3):  # in a row: a step may begin while the one before is under way
-                step()
+                subject.step()
             wait(device)
-            seconds[name].append((time.perf_counter() - start) / 3)
+            seconds[name].append((time.perf_counter() - begin) / 3)
     tokens = size.micro_batch * size.seq_len
     flops = run_config(size, device, "auto", False).model.flops_per_token(size.seq_len)
     peak = peak_flops(device)
-    peers = [n for n in steps if not n.startswith("openlm_lite")]
+    peers = [n for n in held if not n.startswith("openlm_lite")]
     best = min(peers, key=lambda n: statistics.median(seconds[n]), default=None)
     table = {}
     for name, times in seconds.items():
@@ -344,12 +370,23 @@ def measure(
             "seconds_max": max(times),
             "rounds": len(times),
             "mfu": None if peak is None else tokens / median * flops / peak,
-            "peak_memory_gib": round(memory[name], 2),
+            "peak_memory_gib": round((held[name].own + held[name].of_a_step) / 2**30, 2),
             "ratio_to_best_peer": None
             if best is None
             else statistics.median(b / t for b, t in zip(seconds[best], times, strict=True)),
         }
     return {"best_peer": best, "subjects": table, "left_out": failed, "flops_per_token": flops}
+
+
+def total_memory(device: torch.device) -> float:
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).total_memory if on_gpu else float("inf")
+
+
+def release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def allocated(device: torch.device) -> int:
@@ -373,6 +410,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--toy", action="store_true", help="a check of this script, on any machine")
     parser.add_argument("--out", default=None, help="folder (default benchmarks/results)")
     args = parser.parse_args(argv)
+    # many models come and go in one process; read when the device is first asked for memory
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     begin = time.monotonic()
     if not args.toy and not torch.cuda.is_available():
         raise SystemExit("gpu_step.py: torch finds no CUDA device here; --toy checks the script")
@@ -391,13 +430,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def measure_size(size: Size, world: World, until: float, args: Any) -> dict[str, Any]:
     """Rates, subjects and roofline of one size."""
     device = world.device
+    torch.compiler.reset()  # what it knows of the size before would make this one's shapes dynamic
     repeats = 2 if args.toy else 10
     rates = device_rates(size, device, repeats)
     attention = attention_rates(size, device, repeats)
     found = measure(size, subjects(world, not args.toy), device, until, args.rounds)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory(device)
     parts = roofline(size, rates, max(r for r in attention.values() if not isinstance(r, str)))
     tokens, peak = size.micro_batch * size.seq_len, peak_flops(device)
     ceiling = (

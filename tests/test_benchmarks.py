@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from openlm_lite.cost import MACHINES, Machine, Plan, _collective, estimate
 from openlm_lite.layout import Sizes
@@ -64,9 +66,35 @@ def test_the_roofline_is_the_sum_of_flops_and_bytes_over_their_rates() -> None:
     assert parts["optimizer, clipping, casts"] == pytest.approx(44 * n_params / 4e12)
 
 
-def test_the_gpu_benchmark_without_a_gpu_says_so() -> None:
-    import torch
+def test_the_gpu_benchmark_leaves_out_what_does_not_fit_beside_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu_step = benchmark("gpu_step")
+    # GiB held between steps and taken by one; 95 of 100 may be used
+    needs = {"first": (20, 40), "too much in a step": (10, 70), "fails": None, "third": (30, 45)}
 
+    def start(build: str, *_: Any) -> Any:
+        need = needs[build]
+        if need is None:
+            raise RuntimeError("CUDA out of memory\nand more")
+        return gpu_step.Subject(lambda: None, *(gib * 2**30 for gib in need))
+
+    monkeypatch.setattr(gpu_step, "start", start)
+    monkeypatch.setattr(gpu_step, "total_memory", lambda _: 100 * 2**30)
+    builds = {name: name for name in needs}
+    device = torch.device("cpu")
+    found = gpu_step.measure(gpu_step.TOY["toy"], builds, device, math.inf, rounds=2)
+    assert {n: row["peak_memory_gib"] for n, row in found["subjects"].items()} == {
+        "first": 60,
+        "third": 75,
+    }
+    assert found["left_out"] == {
+        "too much in a step": "does not fit into the device's memory beside those before it",
+        "fails": "RuntimeError: CUDA out of memory",
+    }
+
+
+def test_the_gpu_benchmark_without_a_gpu_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="no CUDA device here; --toy checks the script"):
