@@ -12,7 +12,8 @@ the whole model, torchtitan its loss too; this package compiles block by block, 
 Every subject is a process of its own, so that its memory is its own; one step of each in turn
 makes a round, so that noise of the machine meets all alike. Reported are medians over the rounds,
 and the median over the rounds of the ratios to `transformers eager` in the same round: by the
-clock, and by CPU seconds, which other users of the machine disturb less. Memory is the largest
+clock, and by CPU seconds, which other users of the machine disturb less. How threads wait for each
+other is left to OpenMP's default, as in everybody's runs. Memory is the largest
 resident set (VmHWM) of the whole run less that after the imports. `openlm train` sets how memory is
 had from Linux (`openlm_lite/host_memory.py`), and so does this package's process here.
 
@@ -234,7 +235,7 @@ class Subject:
         self.name, self.rounds = name, []
         words = [sys.executable, "-W", "ignore", __file__, "--serve", name]
         words += ["--vocab", str(vocab), "--threads", str(threads)]
-        environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
         )  # packages that print warnings print them on standard error, which is left alone
