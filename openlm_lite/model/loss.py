@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             if has_z:
                 z += lse.square().sum()
-            if grad_h is not None:
+            if grad_h is not None and grad is not None:
                 grad_h[rows] = grad
         if grad_h is not None and grad_w is not None:
             ctx.save_for_backward(grad_h, grad_w.to(weight.dtype))
