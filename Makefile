@@ -10,8 +10,9 @@ BIN := .venv/bin
 # one install for every group of packages; redone when the project's needs change
 CONSTRAINTS := $(if $(TORCH),.venv/constraints.txt,constraints.txt)
 STAMP = .venv/installed-$(1)
-# each test process uses one thread
-WORKERS := -n auto --maxprocesses=8
+# processes of one thread each, 8 at most; two more than cores, as they often wait for servers
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+WORKERS := -n $(shell [ $(CORES) -lt 6 ] && expr $(CORES) + 2 || echo 8) --dist worksteal
 
 .PHONY: quickstart test slow fault slurm check docs clean
 
