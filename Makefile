@@ -23,7 +23,7 @@ test: $(call STAMP,dev)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) $(ARGS)
 
 slow: $(call STAMP,dev)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not fault and not slurm' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'slow and not fault and not slurm' $(ARGS)
 
 # the slower of the tests with real kills, full disks and servers that fail
 fault: $(call STAMP,dev)
