@@ -110,7 +110,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             ce[rows], lse, grad = _of_chunk(
-                hidden[rows], weight, targets[rows], z_weight, z_over_targets, grad_w
+                hidden[rows],
+                weight,
+                targets[rows],
+                z_weight if has_z else None,
+                z_over_targets,
+                grad_w,
             )
             if has_z:
                 z += lse.square().sum()
@@ -134,7 +139,7 @@ def _of_chunk(
     h: Tensor,
     weight: Tensor,
     y: Tensor,
-    z_weight: float | Tensor,
+    z_weight: float | Tensor | None,
     z_over_targets: bool,
     grad_w: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -142,7 +147,6 @@ def _of_chunk(
 
     A function of its own, so that a chunk's logits are freed before the next one's are made.
     """
-    has_z = isinstance(z_weight, Tensor) or z_weight != 0.0
     kept = y != IGNORE_INDEX
     index = torch.where(kept, y, 0).unsqueeze(1)
     logits = (h @ weight.t()).float()
@@ -160,7 +164,7 @@ def _of_chunk(
         return ce, lse, None
     # d total / d logits = a p - kept y, with a = kept + 2 z_weight lse
     keep = kept.unsqueeze(1).to(p.dtype)
-    if has_z:
+    if z_weight is not None:
         p *= keep + 2.0 * z_weight * lse
         d_logits = p.scatter_add_(1, index, -keep).to(h.dtype)
         _add_product(grad_w, d_logits, h)

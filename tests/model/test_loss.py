@@ -114,8 +114,10 @@ def test_all_logits_never_exist_at_once(z_weight: float) -> None:
 
 
 @pytest.mark.parametrize("z_weight", [0.0, 1e-4])
-@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, 4), (torch.bfloat16, 4 + 2)])
-def test_logits_of_one_chunk_exist_at_once(z_weight: float, dtype: torch.dtype, sizes: int) -> None:
+@pytest.mark.parametrize(("dtype", "bytes_of_logit"), [(torch.float32, 4), (torch.bfloat16, 4 + 2)])
+def test_logits_of_one_chunk_exist_at_once(
+    z_weight: float, dtype: torch.dtype, bytes_of_logit: int
+) -> None:
     n, vocab, chunk = 64, 500, 8
     h = torch.randn(n, 4, dtype=dtype, requires_grad=True)
     w = torch.randn(vocab, 4, dtype=dtype, requires_grad=True)
@@ -124,7 +126,7 @@ def test_logits_of_one_chunk_exist_at_once(z_weight: float, dtype: torch.dtype, 
             h, w, torch.zeros(n, dtype=torch.long), z_weight=z_weight, chunk_tokens=chunk
         )
     of_head = 3 * w.numel() * 4  # itself, its gradient, the product that is added to that
-    assert largest.bytes <= sizes * chunk * vocab + of_head + 4096
+    assert largest.bytes <= bytes_of_logit * chunk * vocab + of_head + 4096
 
 
 def test_logits_of_an_evaluation_exist_a_chunk_at_a_time() -> None:
