@@ -186,8 +186,8 @@ def torchtitan(vocab: int, rows: Any, compiled: bool, variant: str) -> Step:
     return _plain_step(model, lambda: entropy(run(tokens), targets) / targets.numel())
 
 
-def serve(name: str, vocab: int, threads: int) -> None:
-    """A subject's process: a step for each line of standard input, its numbers as a line out."""
+def imported(name: str, vocab: int, threads: int) -> Callable[[], Step]:
+    """Import what a subject needs, in a process of its own; returns what builds its step."""
     if name.startswith("openlm_lite"):
         from openlm_lite.host_memory import keep_freed_memory, take_large_pages
 
@@ -207,8 +207,15 @@ def serve(name: str, vocab: int, threads: int) -> None:
     torch.manual_seed(0)
     rows = torch.randint(vocab, (MICRO_BATCH, SEQ_LEN + 1))
     package, _, variant = name.removesuffix(", compiled").partition(" ")
-    imported = _peak_mib()
-    step = globals()[package](vocab, rows, name.endswith("compiled"), variant)
+    compiled = name.endswith("compiled")
+    return lambda: globals()[package](vocab, rows, compiled, variant)
+
+
+def serve(name: str, vocab: int, threads: int) -> None:
+    """A subject's process: a step for each line of standard input, its numbers as a line out."""
+    build = imported(name, vocab, threads)
+    of_imports = _peak_mib()
+    step = build()
     print(json.dumps({"ready": step()}), flush=True)  # compiled, and caches filled
     for _ in sys.stdin:
         before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
@@ -218,7 +225,7 @@ def serve(name: str, vocab: int, threads: int) -> None:
         memory = _peak_mib()
         print(
             json.dumps(
-                {"s": seconds, "cpu": cpu, "loss": loss, "mib": memory, "own": memory - imported}
+                {"s": seconds, "cpu": cpu, "loss": loss, "mib": memory, "own": memory - of_imports}
             ),
             flush=True,
         )

@@ -119,7 +119,9 @@ def cpu_seconds_of(command: list[str]) -> float:
     """User and system seconds of a process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environ, stderr=subprocess.DEVNULL, cwd=ROOT)
+    done = subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"exit code {done.returncode} of {' '.join(command)}\n{done.stderr}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -136,7 +138,12 @@ def start_up(recipe: str, words: list[str], starts: int) -> dict[str, float]:
     for _ in range(starts):
         with tempfile.TemporaryDirectory() as folder:
             run = [f"run.dir={folder}/run", "total_steps=1", "total_tokens=null", "data.val={}"]
-            run += ["checkpoint.every_steps=1000000", "schedule.warmup_steps=0"]
+            run += ["checkpoint.every_steps=1000000"]
+            run += [
+                "schedule.name=constant",
+                "schedule.warmup_steps=0",
+                "schedule.cooldown_steps=0",
+            ]
             train = [sys.executable, str(ROOT / "train.py"), recipe, *words, *run]
             found["openlm train"].append(cpu_seconds_of(train))
         found["by hand"].append(cpu_seconds_of(by_hand))

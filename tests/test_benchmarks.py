@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,6 +102,48 @@ def test_the_gpu_benchmark_without_a_gpu_says_so() -> None:
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="no CUDA device here; --toy checks the script"):
         benchmark("gpu_step").main([])
+
+
+def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """A benchmark in a process of its own: some set how a process gets its memory."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *words]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environ, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_operations_of_a_step_on_a_cpu_are_products_attention_and_the_rest() -> None:
+    done = script("cpu_operations", "--steps", "1", "--vocab", "128", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    kinds = ("matrix products", "attention", "everything else")
+    found = [re.search(rf"^ +{kind} +[\d.]+ s +([\d.]+)%$", done.stdout, re.M) for kind in kinds]
+    shares = [float(one[1]) for one in found if one is not None]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2) and min(shares) > 1
+
+
+def test_the_flops_of_a_product_are_those_of_its_last_two_matrices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports its neighbour
+    operations = benchmark("cpu_operations")
+    assert operations.flops_of([(2, 3), (3, 5)]) == 2 * 2 * 3 * 5
+    assert operations.flops_of([(7, 5), (7, 2), (2, 5)]) == 2 * 7 * 2 * 5  # addmm_: += a b
+    names = ("aten.mm.default", "openlm_lite.causal_attention_1.default", "aten.add.Tensor")
+    kinds = [operations.kind_of(name) for name in names]
+    assert kinds == ["matrix products", "attention", "everything else"]
+
+
+@pytest.mark.slow
+def test_overheads_are_shares_of_a_step_and_a_start_that_fails_says_why(toy_recipe: Path) -> None:
+    words = (str(toy_recipe), "schedule.cooldown_steps=2", "--steps", "6", "--starts", "1")
+    done = script("overheads", *words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert 0 < found["share_in_all"] == pytest.approx(sum(found["share_of_a_step"].values()))
+    assert found["start_up_cpu_seconds"]["ratio"] > 0
+    done = script("overheads", str(toy_recipe), "data.train=nowhere", "--starts", "1")
+    assert done.returncode == 1 and "exit code 2 of" in done.stderr
+    assert "openlm: " in done.stderr.partition("exit code 2 of")[2]
 
 
 def test_the_tables_of_docs_scale_are_those_of_the_cost_model(

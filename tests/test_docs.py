@@ -36,7 +36,7 @@ OTHER_OPTIONS = {  # of other programs, by page
     "docs/lm_eval.md": "--batch_size --model_args --tasks",
     "docs/optimizers.md": "--optimizer --zero-head",  # benchmarks/
     # pip, benchmarks/
-    "docs/performance.md": "--no-deps --rounds --target --threads --toy --vocab",
+    "docs/performance.md": "--no-deps --only --part --rounds --target --threads --toy --vocab",
     "docs/reliability.md": "--id --repeats --shutdown-timeout",  # wandb, benchmarks/, torchrun
     "docs/science.md": "--redraw",  # benchmarks/
 }
