@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import functools
 import http.server
+import itertools
 import logging
+import math
 import re
 import sys
 import threading
@@ -15,6 +17,8 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from openlm_lite import remote, retries, storage
 from openlm_lite.errors import InputError
@@ -148,27 +152,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Retry:
 def test_an_outage_of_ten_minutes_is_survived_and_each_attempt_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = [0.0]
-
-    def sleep(seconds: float) -> None:
-        clock[0] += seconds
-
-    fake = SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
-    monkeypatch.setattr(retries, "time", fake)
-    calls = 0
-
-    def attempt() -> str:
-        nonlocal calls
-        calls += 1
-        if clock[0] < 600:
-            raise ConnectionResetError("on purpose")
-        return "done"
-
+    store = Down(600)
+    monkeypatch.setattr(retries, "time", store)
     with caplog.at_level(logging.WARNING, "openlm_lite"):
-        assert retries.retried("s3://b/x", "reading", attempt) == "done"
-    assert 600 <= clock[0] < 630
+        assert retries.retried("s3://b/x", "reading", store.ask) == "done"
+    assert 600 <= store.now < 630
     told = [line for line in caplog.messages if "reading s3://b/x: attempt" in line]
-    assert len(told) == calls - 1
+    assert len(told) == len(store.asked) - 1
     (alarm,) = [r for r in caplog.records if r.levelno == logging.ERROR]
     assert re.match(
         r"reading s3://b/x: has failed for \d\d s, \d+ attempts, the last with .*on purpose; it is "
@@ -177,9 +167,59 @@ def test_an_outage_of_ten_minutes_is_survived_and_each_attempt_is_logged(
     )
     assert "reading s3://b/x: attempt 1 failed (ConnectionResetError: on purpose)" in caplog.text
 
-    clock[0] = -1e6  # an outage without end
-    with pytest.raises(RemoteError, match=r"s3://b/x: given up after \d+ attempts in 8\d\d s"):
-        retries.retried("s3://b/x", "reading", attempt)
+
+@given(
+    shares=st.lists(st.floats(0.5, 1.0), min_size=1, max_size=70),
+    answers_after=st.floats(0.0, 700.0) | st.just(0.0),
+)
+def test_an_outage_without_end_is_given_up_when_the_time_is_up_and_not_before(
+    shares: list[float], answers_after: float
+) -> None:
+    store = Down(math.inf, answers_after)
+    with pytest.raises(RemoteError, match=r"s3://b/x: given up after \d+ attempts in \d+ s"):
+        ask_with_waits(store, shares)
+    waits = [b - a - answers_after for a, b in itertools.pairwise(store.asked)]
+    assert max(waits, default=0) <= 30 + 1e-6
+    assert store.asked[-1] <= 900 + 1e-6
+    assert store.now >= 900 - 1e-6
+
+
+@given(st.lists(st.floats(0.5, 1.0), min_size=1, max_size=70))
+def test_a_store_that_is_back_before_the_time_is_up_is_always_reached(shares: list[float]) -> None:
+    assert ask_with_waits(Down(899.9), shares) == "done"
+
+
+def ask_with_waits(store: Down, shares: list[float]) -> str:
+    """What `store` says in the end; each wait is the next of `shares` of the longest one."""
+    drawn = itertools.cycle(shares)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retries, "time", store)
+        patch.setattr(retries, "random", SimpleNamespace(uniform=lambda low, high: next(drawn)))
+        return retries.retried("s3://b/x", "reading", store.ask)
+
+
+class Down:
+    """A clock that only waiting moves, and a store that resets each connection until `back`."""
+
+    def __init__(self, back: float, answers_after: float = 0.0) -> None:
+        self.now = 0.0
+        self.back = back
+        self.answers_after = answers_after  # seconds until it resets a connection
+        self.asked: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.now += seconds
+
+    def ask(self) -> str:
+        self.asked.append(self.now)
+        if self.now < self.back:
+            self.now += self.answers_after
+            raise ConnectionResetError("on purpose")
+        return "done"
 
 
 @pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), InputError("x")])
