@@ -61,6 +61,15 @@ def start(
     return process
 
 
+def press(process: subprocess.Popen[str]) -> None:
+    """A first Ctrl-C that was heard, and the time in which another one would be the same."""
+    process.send_signal(INT)
+    assert process.stderr is not None
+    while "Ctrl-C again ends at once" not in (line := process.stderr.readline()):
+        assert line, "it ended"
+    time.sleep(0.8)
+
+
 def finish(process: subprocess.Popen[str], tmp_path: Path) -> tuple[int, str]:
     """Exit code and standard error, after the end of the import."""
     (tmp_path / "slow.py.go").touch()
@@ -129,8 +138,7 @@ def test_ctrl_c_ends_the_other_verbs_while_they_are_imported(tmp_path: Path) -> 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     process = start(tmp_path, PROGRAM)
-    process.send_signal(INT)
-    time.sleep(0.8)
+    press(process)
     process.send_signal(INT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "ending at once" in said
@@ -166,8 +174,7 @@ def test_a_second_ctrl_c_ends_imports_that_swallow_it(tmp_path: Path, answer: st
     (tmp_path / "slow_import.py").write_text(SLOW)
     words = ["train", "nowhere.yaml"]
     process = start(tmp_path, TRAIN, words=words, slow=SWALLOWS.replace("ANSWER", answer))
-    process.send_signal(INT)
-    time.sleep(0.8)
+    press(process)
     process.send_signal(INT)
     printed, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "ending at once" in said and "Traceback" not in said
