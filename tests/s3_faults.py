@@ -109,6 +109,8 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
             if name.lower() not in ("content-length", "connection", "date", "server"):
                 self.send_header(name, value)
         self.send_header("Content-Length", length or str(len(data)))
+        if self.close_connection:  # else the next request may be sent on it, and is lost
+            self.send_header("Connection", "close")
         self.end_headers()
         if self.command == "HEAD":
             return

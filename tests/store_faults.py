@@ -116,7 +116,7 @@ class Proxy(s3_faults._Proxy):
         if not RULES.checks_bytes or told in (None, found):
             return False
         text = "<Error><Code>BadDigest</Code><Message>checksum</Message></Error>"
-        self._answer(400, text.encode(), {"Connection": "close"})
+        self._answer(400, text.encode(), {})
         return True
 
     def _silently(self) -> None:
