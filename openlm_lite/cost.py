@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from openlm_lite.float8 import Float8
 from openlm_lite.layout import Sizes
-from openlm_lite.memory import kept_per_token
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.recompute import Recomputation
 
@@ -45,8 +44,8 @@ class Machine:
     of_memory: float = 0.8
     of_links: float = 0.8
     passes: float = 8.0
-    """times that each number kept by a block moves through memory, forward and backward together,
-    besides what the products themselves read and write"""
+    """times that each number that a block puts out moves through memory, forward and backward
+    together, besides what the products themselves read and write"""
     float8_gain: float = 1.5
     """rate of products in float8 over bf16, casts included"""
     hop_in_node: float = 3.4e-6
@@ -162,7 +161,7 @@ def _work_of_block(plan: Plan, tokens: float, m: Machine) -> tuple[float, float]
         products /= m.float8_gain
     # q k^T and p v over the half of the row that is seen: 2 x 2 T / 2 per feature of the queries
     attention = 2 * plan.seq_len * model.q_width * tokens / tp / (m.of_flops_attention * m.flops)
-    moved = m.passes * 2 * kept_per_token(model) * tokens / tp / (m.of_memory * m.memory)
+    moved = m.passes * 2 * _put_out(model) * tokens / tp / (m.of_memory * m.memory)
     forward = products + attention + moved / 3
     backward = 2 * products + 2.5 * attention + moved * 2 / 3  # flash computes its scores again
     if plan.recomputation == "full":
@@ -170,6 +169,14 @@ def _work_of_block(plan: Plan, tokens: float, m: Machine) -> tuple[float, float]
     elif plan.recomputation == "selective":  # half of the products
         backward += products / 2 + moved / 3
     return forward, backward
+
+
+def _put_out(model: ModelConfig) -> int:
+    """Numbers per token that the operations of a block put out."""
+    # residual stream and norms; queries and keys before and after the rotary embedding, values,
+    # attention; gate, up, activation and product
+    width = 6 * model.d_model + 3 * model.q_width + 4 * model.kv_width
+    return width + (4 if model.is_gated else 2) * model.d_ff
 
 
 def _collective(n_bytes: float, ranks: int, apart: int, m: Machine) -> float:

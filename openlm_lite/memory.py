@@ -89,20 +89,31 @@ def parts_of(need: Need) -> Parts:
     if how == "none":
         per_token = layers * widths.all
     else:  # of each block its input and what is kept; of one block all
-        saved = widths.products * parallel.activation_budget + widths.attention
+        budget = parallel.activation_budget
+        saved = widths.products * budget + (widths.attention if budget > 0 else 0)
         per_token = layers * (widths.input + (saved if how == "selective" else 0)) + widths.all
     activations = int(b * tokens * per_token)
 
-    own = tokens // sizes.tp
-    loss = 2 * 4 * min(own * model.vocab_size, LOGITS_ON_GPU) + 4 * model.vocab_size * model.d_model
+    # a chunk's logits and the gradient of the head, in fp32; beside each its copy in bf16
+    logits = min(tokens // sizes.tp * model.vocab_size, LOGITS_ON_GPU)
+    loss = (4 if b == 4 else 4 + b) * (logits + model.vocab_size * model.d_model)
     return Parts(states, gathered, accumulated, activations, loss)
 
 
 def kept_per_token(model: ModelConfig) -> int:
-    """Numbers that a block keeps for its backward pass, without recomputation and on one rank."""
-    # 6 D: residual stream and norms; 3 q + 4 kv: attention; 4 F with a gate
-    width = 6 * model.d_model + 3 * model.q_width + 4 * model.kv_width
-    return width + (4 if model.is_gated else 2) * model.d_ff
+    """Numbers that a block keeps for its backward pass, without recomputation and on one rank.
+
+    Not counted: norms' statistics, and the scores of attention where no flash kernel runs (ALiBi).
+    """
+    # of width D: the input and the output of each norm; parallel halves share what they can
+    read = {"parallel": 3, "parallel_shared_norm": 2}.get(model.block, 4) * model.d_model
+    # queries, keys and values as attention takes them, and its output; what qk_norm takes
+    heads = 2 * model.q_width + 2 * model.kv_width
+    if model.qk_norm != "none":
+        heads += model.q_width + model.kv_width
+    # gate, up and their product, beside GELU what it puts out; without a gate up and its GELU
+    inner = (3 if model.activation == "swiglu" else 4) if model.is_gated else 2
+    return read + heads + inner * model.d_ff
 
 
 class _Widths(NamedTuple):

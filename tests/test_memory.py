@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from openlm_lite.cli import main
-from openlm_lite.memory import parts_of
+from openlm_lite.memory import kept_per_token, parts_of
+from openlm_lite.model.config import ModelConfig
+from openlm_lite.model.init import init_weights
+from openlm_lite.model.loss import linear_cross_entropy
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.run import load_run, memory_need
+from tests.model.test_loss import Largest
 
 HSDP, TP = "parallel.dp_replicate=2", "parallel.tp=2"
 
@@ -55,3 +63,69 @@ def test_the_estimate_of_the_states_is_what_the_ranks_hold(toy_recipe: Path) -> 
     assert parts_of(memory_need(cfg, 2)).states == 16 * n // 2
     hsdp = load_run(str(toy_recipe), [HSDP])
     assert parts_of(memory_need(hsdp, 4)).states == 16 * n // 2
+
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "swiglu": {},
+    "rms norm": {"norm": "rms_norm"},
+    "post norm": {"block": "sequential_post_norm"},
+    "parallel": {"block": "parallel"},
+    "shared norm": {"block": "parallel_shared_norm"},
+    "qk norm": {"qk_norm": "per_head"},
+    "multi head": {"n_kv_heads": 8},
+    "geglu": {"activation": "geglu"},
+    "gelu": {"activation": "gelu"},
+}
+
+
+@pytest.mark.parametrize("which", BLOCKS)
+def test_the_estimate_of_the_activations_is_what_a_block_keeps(which: str) -> None:
+    """In bf16, as on a GPU. A CPU's flash attention puts out what has to be copied once more."""
+    B, T = 2, 256
+    shape = {"norm": "layer_norm", "n_kv_heads": 4, **BLOCKS[which]}
+    model = ModelConfig(
+        vocab_size=64, d_model=256, n_layers=1, n_heads=8, head_dim=32, d_ff=688, max_seq_len=T,
+        **shape,
+    )  # fmt: skip
+
+    def kept(n_layers: int) -> int:
+        """Bytes."""
+        built = Transformer(replace(model, n_layers=n_layers))
+        init_weights(built, 0)
+        built.to(torch.bfloat16)
+        weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
+        sizes: dict[int, int] = {}
+
+        def note(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        tokens = torch.randint(64, (B, T + 1))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            sums = built(tokens[:, :-1], tokens[:, 1:])
+        assert sums.total.requires_grad
+        return sum(sizes.values())
+
+    measured = (kept(3) - kept(1)) / 2 / (2 * B * T)
+    estimate = kept_per_token(model) + model.q_width
+    assert estimate <= measured < 1.02 * estimate
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_estimate_of_the_loss_is_what_it_takes(precision: str, toy_recipe: Path) -> None:
+    """The head's weights, and the hidden states, are counted elsewhere."""
+    words = [f"parallel.precision={precision}", "model.vocab_size=4000", "micro_batch_size=16"]
+    cfg = load_run(str(toy_recipe), words)
+    vocab, width = cfg.model.architecture.vocab_size, cfg.model.architecture.d_model
+    tokens = cfg.micro_batch_size * cfg.data.seq_len
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    hidden = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    head = torch.randn(vocab, width, dtype=dtype, requires_grad=True)
+    with Largest() as measured:
+        linear_cross_entropy(
+            hidden, head, torch.zeros(tokens, dtype=torch.long), chunk_tokens=tokens
+        )
+    estimate = parts_of(memory_need(cfg, 1)).loss
+    assert 0.9 * measured.bytes < estimate < 1.1 * measured.bytes

@@ -77,7 +77,7 @@ def test_gradients_scale_with_what_arrives() -> None:
         torch.testing.assert_close(3 * a, b)
 
 
-class _Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):
     """Remembers the largest tensor that any operation made, and how many bytes lived at once."""
 
     elements = 0
@@ -105,7 +105,7 @@ class _Largest(TorchDispatchMode):
 def test_all_logits_never_exist_at_once(z_weight: float) -> None:
     n, vocab, chunk = 64, 500, 8
     h, w = torch.randn(n, 4, requires_grad=True), torch.randn(vocab, 4, requires_grad=True)
-    with _Largest() as largest:
+    with Largest() as largest:
         sums = linear_cross_entropy(
             h, w, torch.zeros(n, dtype=torch.long), z_weight=z_weight, chunk_tokens=chunk
         )
@@ -121,7 +121,7 @@ def test_logits_of_one_chunk_exist_at_once(
     n, vocab, chunk = 64, 500, 8
     h = torch.randn(n, 4, dtype=dtype, requires_grad=True)
     w = torch.randn(vocab, 4, dtype=dtype, requires_grad=True)
-    with _Largest() as largest:
+    with Largest() as largest:
         linear_cross_entropy(
             h, w, torch.zeros(n, dtype=torch.long), z_weight=z_weight, chunk_tokens=chunk
         )
@@ -131,14 +131,14 @@ def test_logits_of_one_chunk_exist_at_once(
 
 def test_logits_of_an_evaluation_exist_a_chunk_at_a_time() -> None:
     h, w = torch.randn(64, 4), torch.randn(500, 4)
-    with torch.no_grad(), _Largest() as largest:
+    with torch.no_grad(), Largest() as largest:
         linear_cross_entropy(h, w, torch.zeros(64, dtype=torch.long), chunk_tokens=8)
     assert largest.bytes <= 4 * 8 * 500 + 4 * w.numel() + 4096
 
 
 def test_evaluation_takes_no_gradient() -> None:
     h, w = torch.randn(6, 4), torch.randn(9, 4, requires_grad=True)
-    with torch.no_grad(), _Largest() as largest:
+    with torch.no_grad(), Largest() as largest:
         sums = linear_cross_entropy(h, w, torch.arange(6))
     assert largest.products == 1  # the logits: no gradient of the head is computed
     assert not sums.total.requires_grad
