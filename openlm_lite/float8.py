@@ -20,7 +20,8 @@ from openlm_lite.safe_dcp import plain_name
 
 Float8 = Literal["none", "tensorwise", "rowwise"]
 
-_MULTIPLE = 16  # what the kernels take, in both dimensions of a matrix
+MULTIPLE = 16
+"""what the kernels take: sizes of layers, and the tokens that a weight's gradient sums over"""
 _LEAST_CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}
 
 
@@ -63,7 +64,7 @@ def to_float8(blocks: nn.ModuleList, recipe: Float8, emulate: bool = False) -> l
             continue
         weight = linear.weight
         piece = weight.to_local() if isinstance(weight, DTensor) else weight
-        if any(size % _MULTIPLE for size in piece.shape):
+        if any(size % MULTIPLE for size in piece.shape):
             left.append(plain_name(name))
             continue
         parent, _, last = name.rpartition(".")

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from openlm_lite.context_parallel import cut_rows, positions_of
 from openlm_lite.errors import InputError
-from openlm_lite.float8 import Float8, to_float8
+from openlm_lite.float8 import MULTIPLE, Float8, to_float8
 from openlm_lite.layout import Layout, LayoutConfig, Sizes
 from openlm_lite.log import logger
 from openlm_lite.model.config import ModelConfig
@@ -113,6 +113,13 @@ def problems(
         yield (
             f"data.seq_len = {seq_len} does not divide among parallel: {what} = {pieces} pieces; "
             f"the nearest is {max(1, round(seq_len / pieces)) * pieces}"
+        )
+    if cfg.float8 != "none" and seq_len % (MULTIPLE * cp):
+        near = max(1, round(seq_len / (MULTIPLE * cp))) * MULTIPLE * cp
+        yield (
+            f"data.seq_len = {seq_len}: the products of parallel.float8 = {cfg.float8} take "
+            f"multiples of {MULTIPLE} tokens from each of parallel.cp = {cp} ranks; the nearest is "
+            f"{near}"
         )
     if (tp > 1 or cp > 1) and model.positions == "alibi":
         yield (

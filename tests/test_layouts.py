@@ -32,6 +32,7 @@ OTHER = [
     *("model.tie_embeddings=false", "model.vocab_size=301"),
 ]
 HSDP, TP, CP = "parallel.dp_replicate=2", "parallel.tp=2", "parallel.cp=2"
+BF16 = "parallel.precision=bf16"
 SLOW = pytest.mark.slow
 
 
@@ -290,6 +291,14 @@ def test_the_ranks_of_a_row_have_each_position_once_and_the_same_work(cp: int, p
         (["parallel.reshard_after_forward=1"], "must be true, false or a number of ranks from 2"),
         ([TP, "parallel.reshard_after_forward=2"], "set it to true or false, or parallel.tp = 1"),
         (["parallel.float8=rowwise"], "float8 = rowwise needs precision = bf16"),
+        (
+            [BF16, "parallel.float8=rowwise", "data.seq_len=30", "global_batch_tokens=240"],
+            "take multiples of 16 tokens from each of parallel.cp = 1 ranks; the nearest is 32",
+        ),
+        (
+            [BF16, CP, "parallel.float8=tensorwise", "data.seq_len=48", "global_batch_tokens=480"],
+            "take multiples of 16 tokens from each of parallel.cp = 2 ranks; the nearest is 64",
+        ),
         (["parallel.activation_checkpointing=some"], "or one of none, full, selective, got 'some'"),
     ],
 )
