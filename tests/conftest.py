@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -21,6 +22,16 @@ REFERENCE_DATA = Path(
 # no deadline: machines are shared
 settings.register_profile("untimed", deadline=None, max_examples=40)
 settings.load_profile("untimed")
+
+
+def pytest_collection() -> None:
+    """Each of xdist's workers imports all tests; collecting garbage meanwhile takes a quarter."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules stay: no collection during a test looks at them again
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

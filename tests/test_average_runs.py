@@ -113,12 +113,12 @@ def test_averages_do_not_change_a_bit_of_the_run(
     assert same_weights(tmp_path / "r", reference)
 
 
-@pytest.mark.parametrize("tries", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_kill_at_any_instant_leaves_no_trace_in_the_averages(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path, tries: int
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
 ) -> None:
-    rng = random.Random(tries)
-    for i in range(tries):
+    rng = random.Random(20)
+    for i in range(20):
         folder, kill = tmp_path / str(i), (rng.randrange(2), rng.randint(20, 200))
         codes = run(train_server, toy_recipe, folder, AVERAGES, *KEPT, world=2, kill=kill)
         assert -signal.SIGKILL in codes
@@ -140,17 +140,13 @@ def test_one_process_has_the_averages_of_two_ranks(
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-@pytest.mark.parametrize("worlds", [(2, 1), pytest.param((2, 1, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_averages_move_from_two_ranks_to_one_and_to_four(
-    train_server: TrainServer,
-    toy_recipe: Path,
-    tmp_path: Path,
-    reference: Path,
-    worlds: tuple[int, ...],
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
 ) -> None:
     folder, words = tmp_path / "r", [AVERAGES, "micro_batch_size=2"]
-    for i, world in enumerate(worlds, 1):
-        faults = [] if i == len(worlds) else [fault("SIGTERM", 0, "step", 5)]
+    for world in (2, 1, 4):
+        faults = [] if world == 4 else [fault("SIGTERM", 0, "step", 5)]
         codes = run(train_server, toy_recipe, folder, *words, world=world, faults=faults)
         assert codes == [75 if faults else 0] * world
     for name in NAMES:
@@ -209,6 +205,7 @@ def test_the_loss_of_an_average_is_that_of_the_model_that_it_is(
         assert loss == pytest.approx(loss_of(model, toy_recipe), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_validation_in_bf16_under_fsdp_sees_the_average_and_leaves_the_run_as_it_is(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path
 ) -> None:

@@ -134,7 +134,13 @@ def run_matrix(
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
+@pytest.mark.parametrize(
+    "background",
+    [
+        pytest.param(False, id="waiting", marks=pytest.mark.slow),
+        pytest.param(True, id="background"),
+    ],
+)
 def test_a_rank_killed_at_any_event_resumes_bit_equal(
     ranks: Ranks, whole_run: tuple[Path, list[Any]], tmp_path: Path, background: bool
 ) -> None:

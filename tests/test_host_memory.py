@@ -38,6 +38,7 @@ def test_large_pages_are_asked_for_unless_the_user_has_said_something() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+@pytest.mark.slow
 def test_memory_that_is_kept_costs_no_page_faults() -> None:
     def faults(how: str) -> int:
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}

@@ -59,7 +59,9 @@ def test_a_run_saves_to_a_url_and_keeps_the_newest_two(
     assert not list(staging.iterdir())
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "world_size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))]
+)
 def test_any_number_of_ranks_resumes_from_a_url(
     world_size: int, ranks: Ranks, whole_run: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_run_whose_checkpoints_are_at_a_url_ends_as_one_with_a_local_folder(
         inspect_path(f"{RUNS}/nothing")
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_from_the_url_and_refuses_another_config(
     ranks: TrainServer, store: Rules, toy_recipe: Path, tmp_path: Path, whole: Path
 ) -> None:

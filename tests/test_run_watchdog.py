@@ -69,10 +69,7 @@ HANGS = {  # what hangs: where, at which call; the phase, the rank, words
 
 @pytest.mark.parametrize(
     "what",
-    [
-        pytest.param(what, marks=[] if what in ("step", "save behind") else pytest.mark.slow)
-        for what in HANGS
-    ],
+    [pytest.param(what, marks=[] if what == "step" else pytest.mark.slow) for what in HANGS],
 )
 def test_a_rank_that_hangs_ends_with_its_stacks_and_the_same_command_resumes(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path, whole: Path, what: str

@@ -146,6 +146,7 @@ def records_of(out: Path) -> list[tuple[str, int]]:
     )
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_with_another_number_of_ranks_one_of_which_comes_late(
     capsys: pytest.CaptureFixture[str],
     train_server: TrainServer,

@@ -663,7 +663,7 @@ print(peak - before)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
-@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("pt", marks=pytest.mark.slow)])
 def test_reading_needs_the_memory_of_one_tensor(tmp_path: Path, kind: str) -> None:
     """A file of 200 MB, tensors of 20 MB in bf16: one and its fp32 copy.
 

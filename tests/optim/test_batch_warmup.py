@@ -150,7 +150,7 @@ def test_one_rank_has_the_losses_of_two(
         assert a == pytest.approx(b, rel=1e-6)
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_or_stopped_anywhere_goes_on_as_if_not(
     train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path, step: int
 ) -> None:
