@@ -23,6 +23,7 @@ from openlm_lite.errors import InputError, RunError
 from openlm_lite.inherit import Record
 from openlm_lite.run import RunConfig
 from openlm_lite.safe_dcp import Optimizers
+from openlm_lite.same_run import differences
 
 OPTIMIZER_STATE = "optim."
 """in front of the names of the optimizer's tensors in a checkpoint"""
@@ -76,7 +77,7 @@ def _optimizer_problems(cfg: RunConfig, parent: RunConfig, commit: Commit) -> li
     names = metadata_of(commit).state_dict_metadata
     if not any(name.startswith(OPTIMIZER_STATE) for name in names):
         return [f"it has no optimizer state (weights alone, or no step was made); {remedy}"]
-    differing = run.differences(cfg, parent)
+    differing = differences(cfg, parent)
     return [f"{text}; {remedy}" for key, text in differing.items() if key in _OPTIMIZER]
 
 
@@ -87,7 +88,7 @@ def _data_problems(
     deciding = _DATA
     if any(source.epochs or source.tokens for source in cfg.data.sources.values()):
         deciding += _LENGTH  # budgets are spread over the whole of it
-    differing = [t for key, t in run.differences(cfg, parent).items() if key.startswith(deciding)]
+    differing = [t for key, t in differences(cfg, parent).items() if key.startswith(deciding)]
     now = data_facts(stream)
     differing += [
         f"{what}: not as in the parent's checkpoint ({', '.join(stream.names)})"

@@ -197,6 +197,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> int:
     from openlm_lite import config, run
+    from openlm_lite.derived import derived, derived_model
     from openlm_lite.optim.schedule import lr_at
 
     if args.gpus is not None and args.gpus < 1:
@@ -208,12 +209,12 @@ def _config(args: argparse.Namespace) -> int:
         if args.gpu:
             raise InputError("--gpu needs a recipe")
         resolved: Any = {"model": config.to_plain(model)}
-        derived = run.derived_model(model, model.max_seq_len)
+        follows = derived_model(model, model.max_seq_len)
     else:
         cfg = run.load_run(args.words[0], args.words[1:])
         if args.gpus is not None:
             cfg.check_layout(args.gpus)
-        resolved, derived = config.to_plain(cfg), run.derived(cfg, args.gpus, args.gpu)
+        resolved, follows = config.to_plain(cfg), derived(cfg, args.gpus, args.gpu)
         if args.schedule:
             schedule = cfg.schedule_in_steps
             with open(args.schedule, "w", encoding="utf-8") as f:
@@ -222,11 +223,11 @@ def _config(args: argparse.Namespace) -> int:
                     lr = lr_at(step, cfg.steps, cfg.optim.lr, schedule)
                     f.write(f"{step},{cfg.tokens_at(step)},{lr!r}\n")
     if args.json:
-        print(json.dumps({"config": resolved, **derived}))
+        print(json.dumps({"config": resolved, **follows}))
         return 0
     print(config.dump_yaml(resolved), end="")
     print("\n# derived")
-    for name, value in derived.items():
+    for name, value in follows.items():
         print(f"# {name}: {_readable(value)}")
     return 0
 

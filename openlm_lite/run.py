@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
 from openlm_lite import config, toy
 from openlm_lite.average.config import AverageConfig, check_averages
 from openlm_lite.checkpoint import CheckpointConfig
 from openlm_lite.config import ConfigError, Tree, Value
-from openlm_lite.cost import MACHINES, Plan, estimate
 from openlm_lite.data.sources import DataConfig
 from openlm_lite.errors import InputError
 from openlm_lite.eval.loss import EvalConfig
 from openlm_lite.guard import GuardConfig
 from openlm_lite.hf.layouts import parameter_shapes
 from openlm_lite.inherit import InitFrom
-from openlm_lite.layout import Sizes
-from openlm_lite.memory import Need, fitting, parts_of, remedies, usable
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.kernels import KernelConfig
 from openlm_lite.model.loss import LossConfig
@@ -331,90 +328,6 @@ def with_base_model(tree: Tree) -> Tree:
     return {**tree, "model": config.merge(architecture, node)}
 
 
-def derived(cfg: RunConfig, gpus: int | None = None, gpu: str | None = None) -> dict[str, Any]:
-    """What follows from a run's config; memory is per GPU on `gpus` of them.
-
-    `gpus`: None is the fewest that the layout allows. `gpu`, a name of `memory.GPU_GIB`, asks
-    whether the run fits it. `total_tokens` is what was asked for, `trained_tokens` what whole steps
-    make of it.
-    """
-    gpus = cfg.parallel.least_ranks if gpus is None else gpus
-    need = memory_need(cfg, gpus)
-    memory = parts_of(need)
-    fits = {"fits": ", ".join(fitting(memory.total)) or "none"}
-    if gpu is not None:
-        fits[f"fits_{gpu}"] = "yes" if memory.total <= usable(gpu) else "no"
-        if memory.total > usable(gpu):
-            fits["would_fit_with"] = "; ".join(remedies(need, gpu)) or "nothing that was tried"
-    step = {} if gpu is None else {"step_estimate": step_estimate(cfg, need.sizes, gpu)}
-    trained = cfg.tokens_at(cfg.steps)
-    warmup = {"batch_warmup_steps": n} if (n := cfg.batch_sizes.warmup_steps) else {}
-    return {
-        **derived_model(cfg.model, cfg.data.seq_len),
-        "total_steps": cfg.steps,
-        "total_tokens": trained if cfg.total_tokens is None else cfg.total_tokens,
-        "trained_tokens": trained,
-        "global_batch_sequences": cfg.global_batch,
-        **warmup,
-        "total_flops": float(trained * cfg.model.flops_per_token(cfg.data.seq_len)),
-        "tokens_per_parameter": round(trained / cfg.model.n_params, 2),
-        "gpus": gpus,
-        **({"layout": need.sizes.describe()} if gpus > 1 else {}),
-        "memory_gib_per_gpu": round(memory.total / 2**30, 2),
-        "memory_parts_gib": {
-            name: round(part / 2**30, 2) for name, part in memory._asdict().items()
-        },
-        **fits,
-        **step,
-    }
-
-
-def derived_model(model: ModelConfig, seq_len: int) -> dict[str, Any]:
-    """What follows from an architecture."""
-    return {
-        "n_params": model.n_params,
-        "n_params_non_embedding": model.n_params_non_embedding,
-        "flops_per_token": model.flops_per_token(seq_len),
-    }
-
-
-def memory_need(cfg: RunConfig, gpus: int) -> Need:
-    """What decides on the memory of each of `gpus` GPUs."""
-    sizes = cfg.parallel.sizes(gpus)
-    return Need(
-        cfg.model,
-        cfg.parallel,
-        sizes,
-        seq_len=cfg.data.seq_len,
-        micro_batch=cfg.micro_batch_size,
-        accumulates=cfg.global_batch > sizes.data_ranks * cfg.micro_batch_size,
-        muon=cfg.optim.name == "muon",
-        copies=sum(average.copies for average in cfg.averages.values()),
-    )
-
-
-def step_estimate(cfg: RunConfig, sizes: Sizes, gpu: str) -> dict[str, float]:
-    """What `cost.estimate` makes of a full step on these ranks: to plan, not to promise."""
-    parallel = cfg.parallel
-    plan = Plan(
-        cfg.model,
-        sizes,
-        cfg.data.seq_len,
-        cfg.micro_batch_size,
-        max(1, cfg.global_batch // (sizes.data_ranks * cfg.micro_batch_size)),
-        recomputation=parallel.recomputation,
-        float8=parallel.float8,
-        reduce_bytes=4 if parallel.reduce_dtype == "fp32" else 2,
-        reshard=parallel.reshard_after_forward is not False,
-    )
-    step = estimate(plan, MACHINES[gpu])
-    return {
-        "seconds": float(f"{step.seconds:.3g}"),
-        "tokens_per_second_per_gpu": float(f"{step.tokens_per_second_per_gpu:.3g}"),
-        "mfu": round(step.mfu, 3),
-    }
-
-
 def resolved_yaml(cfg: RunConfig) -> str:
     """The run as a recipe that needs no other file."""
     return config.dump_yaml(cfg)
@@ -423,72 +336,3 @@ def resolved_yaml(cfg: RunConfig) -> str:
 def model_json(model: ModelConfig) -> str:
     """The architecture in the form of the files in model_configs/."""
     return json.dumps(config.to_plain(model), indent=2) + "\n"
-
-
-# What a resumed run may change: none of it decides which model comes out (up to rounding).
-MAY_CHANGE_ON_RESUME = (
-    "run.dir",
-    "micro_batch_size",
-    "data.train",  # the manifest's checksum decides whether it is the same data
-    "data.val",
-    "data.prefetch_batches",
-    "data.max_bad_shards",
-    "data.cache_dir",
-    "data.cache_gib",
-    "parallel.",
-    "kernels.",
-    "profile.",
-    "guard.on_nonfinite",  # these three decide where a run ends, not which model it would be
-    "guard.max_skips",
-    "guard.max_rewinds",
-    "watchdog.",
-    "checkpoint.",
-    "eval.",
-    "log.",
-)
-
-
-def _may_change(key: str) -> bool:
-    moved = key.startswith("data.sources.") and key.endswith(".path")  # as data.train
-    return moved or key.startswith(MAY_CHANGE_ON_RESUME)
-
-
-def differences(cfg: RunConfig, there: RunConfig) -> dict[str, str]:
-    """What decides on the model and differs from the run `there`: key -> a text that says how."""
-    old = config.flatten(config.to_plain(there))
-    new = config.flatten(config.to_plain(cfg))
-    return {
-        key: f"{key}: {old.get(key, 'absent')} there, {new.get(key, 'absent')} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _may_change(key)
-    }
-
-
-def check_same_run(
-    cfg: RunConfig, there: RunConfig, place: str, setting: str, allow_change: Sequence[str] = ()
-) -> list[str]:
-    """What differs from the run there with permission (`allow_change`), as texts.
-
-    place: where the run `there` was found; setting: run.dir or checkpoint.dir, which led there.
-    Raises InputError where something else differs, naming it all.
-    """
-    known = {*config.flatten(config.to_plain(there)), *config.flatten(config.to_plain(cfg))}
-    for key in allow_change:
-        if not any(config.is_named(one, (key,)) for one in known):
-            raise InputError(
-                f"--allow-change {key}: no such key in the configuration; allowed are those of "
-                "`openlm config`, such as optim.lr, or a section, such as optim"
-            )
-    differing = differences(cfg, there)
-    refused = {
-        key: text for key, text in differing.items() if not config.is_named(key, allow_change)
-    }
-    if refused:
-        flags = " ".join(f"--allow-change {key}" for key in refused)
-        raise InputError(
-            f"{place}: holds a run with another configuration:\n  "
-            + "\n  ".join(refused.values())
-            + f"\nset {setting} to a new folder, go back to the values of the run there, or change "
-            f"it on purpose: {flags}"
-        )
-    return list(differing.values())

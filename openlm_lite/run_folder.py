@@ -28,6 +28,7 @@ from openlm_lite.data.tokenizer import TOKENIZER_NAMES
 from openlm_lite.errors import InputError, RelayedError, SharedError
 from openlm_lite.remote_lock import RemoteLock, this_process
 from openlm_lite.run import RunConfig
+from openlm_lite.same_run import check_same_run
 
 
 def checkpoints_of(cfg: RunConfig, folder: Path) -> str:
@@ -143,7 +144,7 @@ def check_folder(
         started = metrics_file.is_file() and metrics_file.stat().st_size > 0
         if started:
             there = run.load_run(str(old_config))
-            changes += run.check_same_run(cfg, there, str(folder), "run.dir", allow_change)
+            changes += check_same_run(cfg, there, str(folder), "run.dir", allow_change)
             moved = checkpoints_of(there, folder) != root
     elif folder.exists():
         others = sorted(p.name for p in folder.iterdir() if not is_beginning(p, root))
@@ -159,7 +160,7 @@ def check_folder(
         if text is not None:
             setting = "checkpoint.dir" if cfg.checkpoint.dir else "run.dir"
             there = run.parse_run(text, f"{commit.path}/config.yaml")
-            changes += run.check_same_run(cfg, there, commit.path, setting, allow_change)
+            changes += check_same_run(cfg, there, commit.path, setting, allow_change)
         changes += check_same_data(commit.facts, stream, allow_change)
     elif moved:
         check_nothing_left_behind(checkpoints_of(there, folder), root)

@@ -20,10 +20,11 @@ from openlm_lite.average.saved import mean_of, saved_average
 from openlm_lite.checkpoint import CheckpointConfig, load_checkpoint, save_checkpoint
 from openlm_lite.commit import Commit, TrainState, read_commit
 from openlm_lite.config import ConfigError
+from openlm_lite.derived import memory_need
 from openlm_lite.errors import InputError
 from openlm_lite.hf.weights import checkpoint_weights
 from openlm_lite.memory import parts_of
-from openlm_lite.run import load_run, memory_need
+from openlm_lite.run import load_run
 from tests.tiny_run import process_group
 
 EMA = AverageConfig("ema", decay=0.9)

@@ -68,7 +68,7 @@ LAYERS = [
         "hf",
         "eval",
     },
-    {"run", "toy"},
+    {"run", "toy", "derived", "same_run"},
     {
         "train",
         "step",

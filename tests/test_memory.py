@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from openlm_lite.cli import main
+from openlm_lite.derived import memory_need
 from openlm_lite.memory import kept_per_token, parts_of
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.init import init_weights
 from openlm_lite.model.loss import linear_cross_entropy
 from openlm_lite.model.transformer import Transformer
-from openlm_lite.run import load_run, memory_need
+from openlm_lite.run import load_run
 from tests.model.test_loss import Largest
 
 HSDP, TP = "parallel.dp_replicate=2", "parallel.tp=2"

@@ -11,11 +11,12 @@ import pytest
 
 from openlm_lite import config
 from openlm_lite.cli import main
+from openlm_lite.derived import derived
 from openlm_lite.errors import InputError
 from openlm_lite.log import read_metrics
 from openlm_lite.optim.schedule import lr_at
 from openlm_lite.plots import schedule_points
-from openlm_lite.run import derived, load_run
+from openlm_lite.run import load_run
 from openlm_lite.toy import HEADS, LAYERS, STEPS
 from tests.train_server import TrainServer
 

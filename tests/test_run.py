@@ -11,10 +11,11 @@ import pytest
 
 from openlm_lite import config
 from openlm_lite.cli import main
+from openlm_lite.derived import derived
 from openlm_lite.errors import InputError
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.optim.schedule import lr_at
-from openlm_lite.run import derived, load_model, load_run
+from openlm_lite.run import load_model, load_run
 
 RECIPES = sorted(p.stem for p in config.assets("recipes").glob("*.yaml") if p.stem != "ladder")
 ARCHITECTURES = sorted(p.stem for p in config.assets("model_configs").glob("*.json"))
