@@ -133,6 +133,18 @@ def test_a_page_loads_without_a_complaint_or_a_request_and_draws_every_curve(pag
     assert page.ask(marks) == 2  # a restart, a batch left out
 
 
+def test_the_lines_of_a_run_in_a_panel_are_told_apart(driver: Any, tmp_path: Path) -> None:
+    phases = ["batch", "agree", "forward_backward", "clip", "optimizer", "save", "other"]
+    seconds = {f"perf/seconds/{name}": 0.1 for name in phases}
+    run = write_run(tmp_path / "a", records=[step_record(i) | seconds for i in range(1, 13)])
+    page = Page(driver, Path(write_report([str(run)], str(tmp_path / "r.html"))))
+    data = json.loads(page.ask("document.getElementById('data').textContent"))
+    (panel,) = [p["id"] for p in data["panels"] if p["title"] == "Seconds of each phase"]
+    lines = f"[...document.querySelectorAll('[data-panel={panel}] .key line')]"
+    patterns = page.ask(f"{lines}.map(line => line.getAttribute('stroke-dasharray'))")
+    assert len(patterns) == len(set(patterns)) == len(phases)
+
+
 def test_hovering_names_the_values_of_every_run_and_marks_the_place_in_all_panels(
     page: Page,
 ) -> None:

@@ -156,9 +156,10 @@
       item.append("restart, spike or batch left out");
     }
   }
+  const DASHES = ["", "6 3", "2 3", "8 3 2 3", "12 3", "8 3 2 3 2 3", "1 6", "12 3 4 3"];
   const dash = (key, dots, kinds) => {
     const n = kinds[Number(dots)].indexOf(key);
-    return dots ? ["1 4", "6 3", "2 3", "8 3 2 3"][n % 4] : ["", "6 3", "2 3", "8 3 2 3"][n % 4];
+    return dots && n === 0 ? "1 4" : DASHES[n % DASHES.length];
   };
 
   function makePanel(panel, wide) {
