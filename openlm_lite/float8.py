@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from openlm_lite.errors import InputError
-from openlm_lite.safe_dcp import plain_name
+from openlm_lite.parameter_names import plain_name
 
 Float8 = Literal["none", "tensorwise", "rowwise"]
 

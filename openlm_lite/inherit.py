@@ -31,6 +31,7 @@ from openlm_lite.hf.source import Source, open_source
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.init import copy_shard
 from openlm_lite.model.transformer import Transformer
+from openlm_lite.parameter_names import plain_name
 
 Record = dict[str, Any]
 """what was taken from where: plain values, kept in the run folder and in every checkpoint"""
@@ -264,11 +265,6 @@ def inherit(model: Transformer, init: InitFrom, source: Source) -> Record:
     }
     before = {"lineage": lineage.ancestors(record), "tokens_before": lineage.tokens_before(record)}
     return record | before
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing and torch.compile put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def describe(record: Record, init: InitFrom) -> Iterator[str]:

@@ -47,6 +47,7 @@ from torch.optim import Optimizer
 from torch.serialization import _get_layout
 
 from openlm_lite.errors import InputError
+from openlm_lite.parameter_names import plain_name
 
 METADATA_NAME = ".metadata"
 
@@ -315,11 +316,6 @@ def _only_tensors(values: dict[str, Any]) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: only tensors can be saved, not {type(value).__name__}")
     return values
-
-
-def plain_name(name: str) -> str:
-    """Without what torch.compile and activation checkpointing put into names."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def as_tuple(optimizer: Optimizers) -> tuple[Optimizer, ...]:

@@ -25,6 +25,7 @@ LAYERS = [
         "remote",
         "object_store",
         "dist",
+        "parameter_names",
         "host_memory",
         "run_files",
     },

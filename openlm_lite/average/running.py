@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from openlm_lite.average.config import AverageConfig
 from openlm_lite.average.saved import FACTS_KEY, mean_of, prefix_of, records_of
 from openlm_lite.commit import Commit
-from openlm_lite.safe_dcp import plain_name
+from openlm_lite.parameter_names import plain_name
 
 # One kernel for many tensors, where there is a GPU; as torch.optim.swa_utils does.
 _lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]

@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from openlm_lite.model.config import ModelConfig
 from openlm_lite.model.transformer import Transformer
+from openlm_lite.parameter_names import plain_name
 
 
 def init_std(cfg: ModelConfig, name: str, base_width: int | None = None) -> float:
@@ -46,7 +47,7 @@ def init_weights(model: Transformer, seed: int, base_width: int | None = None) -
     """
     for name, parameter in model.named_parameters():
         # activation checkpointing wraps a block, which shows in the names of its parameters
-        name = name.replace("_checkpoint_wrapped_module.", "")
+        name = plain_name(name)
         if name.endswith("bias"):
             parameter.zero_()
         elif "norm" in name:

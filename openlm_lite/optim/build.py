@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from openlm_lite.errors import InputError
-from openlm_lite.optim.groups import GroupConfig, plain_name, rules_of
+from openlm_lite.optim.groups import GroupConfig, rules_of
 from openlm_lite.optim.muon import Muon
 from openlm_lite.optim.mup import lr_factor
+from openlm_lite.parameter_names import plain_name
 
 
 @dataclass(frozen=True)

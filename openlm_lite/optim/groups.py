@@ -51,8 +51,3 @@ def rules_of(names: Iterable[str], groups: Mapping[str, GroupConfig]) -> dict[st
         listed = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
         raise InputError(f"{'; '.join(sorted(problems))}; there are {listed} (N: layer, from 0)")
     return {name: groups[rule] for name, rule in found.items()}
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what activation checkpointing and torch.compile put into it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

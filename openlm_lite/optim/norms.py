@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from openlm_lite.optim.groups import plain_name
+from openlm_lite.parameter_names import plain_name
 from openlm_lite.readback import to_device
 
 
