@@ -94,9 +94,11 @@ def parts_of(need: Need) -> Parts:
         per_token = layers * (widths.input + (saved if how == "selective" else 0)) + widths.all
     activations = int(b * tokens * per_token)
 
-    # a chunk's logits and the gradient of the head, in fp32; beside each its copy in bf16
+    # A chunk's logits and the gradient of the head, in fp32. In bf16 first the logits have a copy
+    # beside them, then what is added to the gradient.
     logits = min(tokens // sizes.tp * model.vocab_size, LOGITS_ON_GPU)
-    loss = (4 if b == 4 else 4 + b) * (logits + model.vocab_size * model.d_model)
+    head = model.vocab_size * model.d_model
+    loss = 4 * (logits + head) if b == 4 else max(6 * logits + 4 * head, 2 * logits + 6 * head)
     return Parts(states, gathered, accumulated, activations, loss)
 
 
