@@ -2,8 +2,9 @@
 
 DCP keeps a pickle, `.metadata`, beside its data files, and loads "byte items" with an unrestricted
 `torch.load`: both execute whatever a hostile file says. Here the pickle goes through a list of
-twelve harmless names, byte items are refused, and data files are named by COMMIT.json only. Data
-items are read by DCP itself with `weights_only=True`.
+twelve harmless names and may not ask for more memory than its length justifies, byte items are
+refused, and data files are named by COMMIT.json only. Data items are read by DCP itself with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,59 @@ class _MetadataUnpickler(pickle.Unpickler):
         return found
 
 
+_PUT, _LONG_BINPUT = pickle.PUT[0], pickle.LONG_BINPUT[0]
+_ARGUMENT_BYTES = {ord(op.code): op.arg.n if op.arg else 0 for op in pickletools.opcodes}
+_COUNT_BYTES = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+_OF_KNOWN_LENGTH = re.compile(
+    b"(?:%b)*+"
+    % b"|".join(
+        re.escape(bytes([code])) + b"." * n
+        for code, n in _ARGUMENT_BYTES.items()
+        if n >= 0 and code not in (_LONG_BINPUT, pickle.STOP[0])
+    ),
+    re.DOTALL,
+)
+
+
+def _check_sizes(content: bytes) -> None:
+    """Raises InputError where the pickle would have more memory taken than its length justifies.
+
+    The unpickler makes room for what an item announces, and for all places of its memo up to one
+    that is named, 16 bytes each: a few changed bytes of a file would take all memory. So its
+    instructions are walked through first.
+    """
+    at = 0
+    while at < len(content):
+        run = _OF_KNOWN_LENGTH.match(content, at)
+        assert run is not None  # it matches nothing, too
+        if (at := run.end()) == len(content):
+            return
+        code, at = content[at], at + 1
+        n, line, place = _ARGUMENT_BYTES.get(code), at, 0
+        if code == _LONG_BINPUT:
+            place, at = int.from_bytes(content[at : at + 4], "little"), at + 4
+        elif n == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if code in (pickle.GLOBAL[0], pickle.INST[0]) else 1):
+                line, at = at, content.find(b"\n", at) + 1 or len(content)
+            if code == _PUT:
+                with suppress(ValueError):  # which the unpickler raises, too
+                    place = int(content[line:at].split(b"\0")[0])
+        elif n in _COUNT_BYTES:
+            counted = at + _COUNT_BYTES[n]
+            at = counted + int.from_bytes(content[at:counted], "little")
+        else:
+            return  # the end, an unknown instruction, or one that is cut off
+        if at > len(content):
+            raise InputError(f"it announces {at - len(content)} bytes more than it has")
+        if place > len(content):
+            raise InputError(f"it names place {place} of a memo of at most {len(content)}")
+
+
 def decode_metadata(content: bytes, place: str, files: Iterable[str]) -> Metadata:
     """The tensors of a checkpoint: names, shapes, dtypes and where their pieces lie.
 
@@ -96,6 +152,7 @@ def decode_metadata(content: bytes, place: str, files: Iterable[str]) -> Metadat
     """
     remedy = "do not load this checkpoint; use another one, or ask where it came from"
     try:
+        _check_sizes(content)
         metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except InputError as error:
         raise InputError(f"{place}: refused: {error}; {remedy}") from None

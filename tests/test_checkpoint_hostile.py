@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from openlm_lite import safe_dcp
 from openlm_lite.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -165,6 +167,48 @@ def test_damaged_metadata_raises_nothing_but_an_input_error(
         decode_metadata(content, "here", [])
     except InputError as error:
         assert str(error).startswith("here: ")
+
+
+BOMBS = {  # each has the unpickler make room for about a billion places, 16 GB
+    "LONG_BINPUT": b"r\xff\xff\xff\x3f",
+    "PUT": b"p900000000\n",
+    "PUT, zeros": b"p" + 40 * b"0" + b"900000000\n",
+    "PUT, underscores": b"p900_000_000\n",
+    "PUT, a zero byte": b"p 900000000\0 \n",
+}
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers(), inner)
+        | st.frozensets(st.text())
+        | st.just(Metadata)
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+@given(value=PLAIN, protocol=st.integers(0, 5), data=st.data())
+def test_no_place_in_a_pickle_makes_room_for_a_billion_others(
+    bomb: bytes, value: object, protocol: int, data: st.DataObject
+) -> None:
+    """At the boundary of any two instructions of any pickle."""
+    content = pickle.dumps(value, protocol)
+    safe_dcp._check_sizes(content)
+    places = [at for _, _, at in pickletools.genops(content) if at is not None]
+    at = data.draw(st.sampled_from(places))
+    with pytest.raises(InputError, match=r"it names place \d{9,10} of a memo of at most \d+$"):
+        safe_dcp._check_sizes(content[:at] + bomb + content[at:])
+
+
+def test_metadata_that_ask_for_more_memory_than_they_have_bytes_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^here: refused: it names place 70000 .*; do not load"):
+        decode_metadata(b"\x80\x04]p70000\n.", "here", [])
+    for announced in (b"\x96" + (70_000).to_bytes(8, "little"), b"\x8b\xff\xff\xff\xff", b"X0000"):
+        with pytest.raises(InputError, match=r"^here: refused: it announces \d+ bytes more than"):
+            decode_metadata(b"\x80\x04]" + announced + b".", "here", [])
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused_and_not_put_aside(
