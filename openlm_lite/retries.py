@@ -78,7 +78,7 @@ def retried(url: str, doing: str, attempt: Callable[[], Result]) -> Result:
     retry = RETRY
     started = time.monotonic()
     mismatches = 0
-    alarmed = last = False
+    alarmed = False
     for number in itertools.count(1):
         try:
             return attempt()
@@ -105,12 +105,11 @@ def retried(url: str, doing: str, attempt: Callable[[], Result]) -> Result:
                     "%.0f s in all",
                     doing, url, spent, number, told, retry.total_seconds,
                 )  # fmt: skip
-            if last or spent >= retry.total_seconds:
+            if spent >= retry.total_seconds:
                 raise RemoteError(
                     f"{url}: given up after {number} attempts in {spent:.0f} s, the last failed "
                     f"with {told}; run the same command again once the store answers"
                 ) from None
-            last = spent + wait >= retry.total_seconds
             wait = min(wait, retry.total_seconds - spent)  # the last attempt is when the time is up
             logger.warning(
                 "%s %s: attempt %d failed (%s); again in %.1f s", doing, url, number, told, wait

@@ -114,11 +114,12 @@ def test_averages_do_not_change_a_bit_of_the_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tries", [1, 20])
 def test_a_kill_at_any_instant_leaves_no_trace_in_the_averages(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
+    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path, tries: int
 ) -> None:
-    rng = random.Random(20)
-    for i in range(20):
+    rng = random.Random(tries)
+    for i in range(tries):
         folder, kill = tmp_path / str(i), (rng.randrange(2), rng.randint(20, 200))
         codes = run(train_server, toy_recipe, folder, AVERAGES, *KEPT, world=2, kill=kill)
         assert -signal.SIGKILL in codes
@@ -141,12 +142,17 @@ def test_one_process_has_the_averages_of_two_ranks(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("worlds", [(2, 1), (2, 1, 4)])
 def test_averages_move_from_two_ranks_to_one_and_to_four(
-    train_server: TrainServer, toy_recipe: Path, tmp_path: Path, reference: Path
+    train_server: TrainServer,
+    toy_recipe: Path,
+    tmp_path: Path,
+    reference: Path,
+    worlds: tuple[int, ...],
 ) -> None:
     folder, words = tmp_path / "r", [AVERAGES, "micro_batch_size=2"]
-    for world in (2, 1, 4):
-        faults = [] if world == 4 else [fault("SIGTERM", 0, "step", 5)]
+    for i, world in enumerate(worlds, 1):
+        faults = [] if i == len(worlds) else [fault("SIGTERM", 0, "step", 5)]
         codes = run(train_server, toy_recipe, folder, *words, world=world, faults=faults)
         assert codes == [75 if faults else 0] * world
     for name in NAMES:

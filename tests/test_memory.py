@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from openlm_lite.cli import main
 from openlm_lite.derived import memory_need
@@ -20,6 +19,7 @@ from openlm_lite.model.loss import linear_cross_entropy
 from openlm_lite.model.transformer import Transformer
 from openlm_lite.run import load_run
 from tests.model.test_loss import Largest
+from tests.tiny_run import bytes_kept
 
 HSDP, TP = "parallel.dp_replicate=2", "parallel.tp=2"
 
@@ -90,24 +90,10 @@ def test_the_estimate_of_the_activations_is_what_a_block_keeps(which: str) -> No
     )  # fmt: skip
 
     def kept(n_layers: int) -> int:
-        """Bytes."""
         built = Transformer(replace(model, n_layers=n_layers))
         init_weights(built, 0)
         built.to(torch.bfloat16)
-        weights = {p.untyped_storage().data_ptr() for p in built.parameters()}
-        sizes: dict[int, int] = {}
-
-        def note(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in weights:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        tokens = torch.randint(64, (B, T + 1))
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            sums = built(tokens[:, :-1], tokens[:, 1:])
-        assert sums.total.requires_grad
-        return sum(sizes.values())
+        return bytes_kept(built, torch.randint(64, (B, T + 1)))
 
     measured = (kept(3) - kept(1)) / 2 / (2 * B * T)
     estimate = kept_per_token(model) + model.q_width

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from openlm_lite.model.kernels import set_attention
 from openlm_lite.recompute import _ATTENTION, Recomputation, _policy, recomputed
 from openlm_lite.run import load_run
-from tests.tiny_run import tiny_config, tiny_model
+from tests.tiny_run import bytes_kept, tiny_config, tiny_model
 
 
 @given(
@@ -80,22 +80,9 @@ def test_recomputation_holds_less_between_forward_and_backward() -> None:
 
     def held(how: Recomputation, budget: float) -> int:
         model = tiny_model(tiny_config(qk_norm="none", norm="rms_norm"))
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         for i, block in enumerate(model.layers):
             model.layers[i] = recomputed(block, how, budget)
-        kept: dict[int, int] = {}
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        tokens = torch.randint(300, (2, 33))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            sums = model(tokens[:, :-1], tokens[:, 1:])
-        del sums
-        return sum(kept.values())
+        return bytes_kept(model, torch.randint(300, (2, 33)))
 
     assert held("full", 0.0) < held("none", 0.0)
 

@@ -558,10 +558,10 @@ def test_a_server_that_is_not_there_at_the_start_leaves_a_folder_to_sync(
             port = unused.getsockname()[1]
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     started = time.monotonic()
-    sinks = start(tmp_path, init_timeout_seconds=10)
+    sinks = start(tmp_path, init_timeout_seconds=3)
     for record in records(1, 1000):
         sinks.record(record)
-    assert time.monotonic() - started < 9  # whoever waits for the server waits for 10
+    assert time.monotonic() - started < 2.5  # whoever waits for the server waits for 3
     wait_until_passed_on(sinks)
     sinks.close(30)
     (warning,) = [r.getMessage() for r in caplog.records]
@@ -594,7 +594,7 @@ def test_a_server_that_goes_away_in_the_middle_delays_neither_steps_nor_the_end(
     started = time.monotonic()
     for record in records(11, 1000):
         sinks.record(record)
-    assert time.monotonic() - started < 9 < wandb_sink.ANSWER_SECONDS
+    assert time.monotonic() - started < 2.5
     wait_until_passed_on(sinks)
     started = time.monotonic()
     sinks.close(90)  # it ends by itself, in the usual 5 on a quiet machine

@@ -50,6 +50,23 @@ def tiny_model(cfg: ModelConfig, seed: int = 0) -> Transformer:
     return model.eval()
 
 
+def bytes_kept(model: Transformer, tokens_BT: torch.Tensor) -> int:
+    """What autograd holds between forward and backward pass, besides the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        sums = model(tokens_BT[:, :-1], tokens_BT[:, 1:])
+    assert sums.total.requires_grad
+    return sum(kept.values())
+
+
 def tiny_tokenizer() -> Tokenizer:
     return train_bpe(iter([TEXT * 4]), 290)
 
